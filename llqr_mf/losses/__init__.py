@@ -1,0 +1,19 @@
+"""Losses: value, gradient and curvature at the network's output, all of them means."""
+
+from .base import Loss
+from .bce import BCEWithLogits
+from .callable import CallableLoss
+from .cross_entropy import CrossEntropy
+from .lookup import LossSpec, get_loss, loss_names
+from .mse import MeanSquaredError
+
+__all__ = [
+    "BCEWithLogits",
+    "CallableLoss",
+    "CrossEntropy",
+    "Loss",
+    "LossSpec",
+    "MeanSquaredError",
+    "get_loss",
+    "loss_names",
+]

@@ -1,0 +1,73 @@
+"""A metric from any divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from llqr_mf.losses import Loss
+from llqr_mf.losses.checks import plain, widen
+from llqr_mf.operators.closure_curvature import ClosureCurvature
+
+from .base import Metric
+
+
+@dataclass(frozen=True)
+class Divergence(Metric):
+    """The Hessian of fn(outputs, reference) in its first argument, where the two coincide.
+
+    Args:
+        fn: Takes outputs and reference, both (N, ...), and returns a scalar tensor: a mean over
+            the samples, twice differentiable where the two are equal.
+        stationary: Whether its gradient vanishes there, as that of every true divergence does.
+            None looks whether it is exactly zero on each batch; say True where it is zero but for
+            rounding, which spares second-order terms in every layer.
+    """
+
+    fn: Callable[[Tensor, Tensor], Tensor]
+    _: KW_ONLY
+    stationary: bool | None = None
+
+    def terminal(self, loss: Loss, outputs: Tensor, targets: Tensor) -> ClosureCurvature:
+        """The divergence's Hessian, shape (N*D, N*D)."""
+        reference = widen(plain(outputs))
+        curvature = ClosureCurvature.from_function(lambda x: self._value(x, reference), outputs)
+        ones = torch.ones(1, outputs.numel(), dtype=reference.dtype, device=outputs.device)
+        self._check_finite(curvature.product(ones), "Hessian")
+        return curvature
+
+    def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The divergence's gradient, of the outputs' shape; None where it is zero."""
+        if self.stationary:
+            return None
+        with torch.inference_mode(False), torch.enable_grad():
+            point = widen(plain(outputs)).requires_grad_()
+            value = self._value(point, point.detach())
+            if not value.requires_grad:
+                return None
+            (gradient,) = torch.autograd.grad(value, point)
+        self._check_finite(gradient, "gradient")
+        if self.stationary is None and not bool(gradient.any()):
+            return None
+        return gradient.to(outputs.dtype)
+
+    def _value(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        value = self.fn(outputs, reference)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+            raise ValueError(
+                f"divergence {self.fn!r} returned {kind}: it must return a scalar tensor, the mean "
+                "over the samples."
+            )
+        return value
+
+    def _check_finite(self, derivative: Tensor, name: str) -> None:
+        if not bool(derivative.isfinite().all()):
+            raise ValueError(
+                f"divergence {self.fn!r} has a {name} that is NaN or infinite where its arguments "
+                "coincide: write it without roots, norms or divisions that vanish there, such as "
+                "(y - y0).square().sum() for norm(y - y0)**2."
+            )

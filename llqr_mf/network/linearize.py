@@ -1,0 +1,199 @@
+"""One forward pass of a traced model that leaves a linearised node per call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..rules import Call, Node, Slot, is_active_leaf, linearize_call
+from .modes import curvature_pass
+from .split import Layer
+from .tracing import Program, is_inert
+
+
+@dataclass(frozen=True)
+class BoundNode:
+    """A linearised call in its place.
+
+    Args:
+        node: The linearised call.
+        outputs: Ids of the values it makes.
+        name: For messages: the call and its module.
+    """
+
+    node: Node
+    outputs: tuple[int, ...]
+    name: str
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Ids of the values it reads."""
+        return self.node.inputs
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A network linearised at one batch.
+
+    Values are numbered: the trainable parameters first, in the order of `named_parameters`, then
+    the floating-point inputs, then whatever the calls make.
+
+    Args:
+        layers: The nodes of each layer.
+        shapes: Shape of every value.
+        parameters: Names of the trainable parameters.
+        inputs: Ids of the network's inputs.
+        output: Id of the network's output.
+        outputs: The network's output.
+    """
+
+    layers: tuple[tuple[BoundNode, ...], ...]
+    shapes: dict[int, tuple[int, ...]]
+    parameters: tuple[str, ...]
+    inputs: tuple[int, ...]
+    output: int
+    outputs: Tensor
+
+
+def linearize(
+    layers: Sequence[Layer], inputs: tuple[Any, ...], *, second_order: bool = False
+) -> Linearization:
+    """Runs the network once on a batch and linearises every call.
+
+    Args:
+        layers: All layers of a split.
+        inputs: The batch.
+        second_order: Whether the nodes' curvature will be asked for (keeps more).
+
+    Raises:
+        ValueError: The output is no tensor, or depends on no trainable parameter.
+    """
+    program = layers[0].program
+    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    with torch.no_grad(), curvature_pass(device):
+        return _Run(program, second_order).over(layers, inputs)
+
+
+class _Run:
+    def __init__(self, program: Program, second_order: bool) -> None:
+        self.program, self.second_order = program, second_order
+        trainable = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
+        self.names = tuple(name for name, _ in trainable)
+        self.controls = {id(p): Slot(i, p.detach()) for i, (_, p) in enumerate(trainable)}
+        self.shapes = {slot.id: tuple(slot.value.shape) for slot in self.controls.values()}
+        self.next_id = len(trainable)
+        self.env: dict[fx.Node, Any] = {}
+
+    def over(self, layers: Sequence[Layer], inputs: tuple[Any, ...]) -> Linearization:
+        placed = {node: layer.index for layer in layers for node in layer.nodes}
+        readers = {node: len(node.users) for node in self.program.graph.nodes}
+        bound: list[list[BoundNode]] = [[] for _ in layers]
+        given = iter(inputs)
+        input_ids: list[int] = []
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self._input(next(given), input_ids)
+            elif node.op == "get_attr":
+                self.env[node] = self._tensor(self.program.tensors[str(node.target)])
+            elif node.op == "output":
+                return self._finish(node, bound, input_ids)
+            else:
+                call = self._call(node)
+                self.env[node] = self._evaluate(node, call, bound[placed[node]])
+            for source in node.all_input_nodes:
+                readers[source] -= 1
+                if readers[source] == 0:
+                    del self.env[source]
+        raise AssertionError("a graph ends with an output node")
+
+    def _finish(
+        self, node: fx.Node, bound: list[list[BoundNode]], input_ids: list[int]
+    ) -> Linearization:
+        output = self._resolve(node.args[0])
+        if not isinstance(output, Slot):
+            kind = "depends on no trainable parameter"
+            if not isinstance(output, Tensor):
+                kind = f"is a {type(output).__name__}, not one tensor"
+            raise ValueError(
+                f"the model's output {kind}: give a model that returns the tensor the loss reads, "
+                "and at least one parameter with requires_grad=True."
+            )
+        return Linearization(
+            layers=tuple(tuple(nodes) for nodes in bound),
+            shapes=self.shapes,
+            parameters=self.names,
+            inputs=tuple(input_ids),
+            output=output.id,
+            outputs=output.value,
+        )
+
+    def _input(self, value: Any, ids: list[int]) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        slot = self._slot(value.detach())
+        ids.append(slot.id)
+        return slot
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        return self.controls.get(id(tensor), tensor.detach())
+
+    def _slot(self, value: Tensor) -> Slot:
+        slot = Slot(self.next_id, value)
+        self.shapes[slot.id] = tuple(value.shape)
+        self.next_id += 1
+        return slot
+
+    def _resolve(self, args: Any) -> Any:
+        return fx.node.map_arg(args, lambda n: self.env[n])
+
+    def _call(self, node: fx.Node) -> Call:
+        args, kwargs = self._resolve(node.args), dict(self._resolve(node.kwargs))
+        owner = node.meta["owner"]
+        if node.op == "call_module":
+            function, slots = self._module_call(self.program.modules[str(node.target)])
+            args = (slots, *args)
+        elif node.op == "call_method":
+            name = "reshape" if node.target == "view" and _sizes_only(args[1:]) else node.target
+            function = getattr(torch.Tensor, str(name))
+        else:
+            function = node.target
+        return Call(function, tuple(args), kwargs, owner, self.second_order)
+
+    def _module_call(self, module: nn.Module) -> tuple[Any, list[Any]]:
+        """A whole module as a function of its parameters; its buffers are never written to."""
+        names = [name for name, _ in module.named_parameters()]
+        slots = [self._tensor(p) for p in module.parameters()]
+
+        def call(parameters: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+            state: dict[str, Tensor] = dict(zip(names, parameters, strict=True))
+            state |= {name: b.clone() for name, b in module.named_buffers()}
+            return torch.func.functional_call(module, state, args, kwargs)
+
+        return call, slots
+
+    def _evaluate(self, node: fx.Node, call: Call, bound: list[BoundNode]) -> Any:
+        if call.function is operator.getitem and not isinstance(call.args[0], Slot | Tensor):
+            return call.args[0][call.args[1]]
+        if not call.slots or is_inert(node):
+            return call.evaluate()
+        linearized = linearize_call(call)
+        leaves, spec = tree_flatten(linearized.result)
+        slots = [self._slot(leaf) if is_active_leaf(leaf) else leaf for leaf in leaves]
+        ids = tuple(slot.id for slot in slots if isinstance(slot, Slot))
+        if not ids:
+            return linearized.result
+        linearized.result = None
+        target = getattr(node.target, "__name__", str(node.target))
+        bound.append(BoundNode(linearized, ids, f"{target} in '{call.owner or 'the model'}'"))
+        return tree_unflatten(slots, spec)
+
+
+def _sizes_only(args: tuple[Any, ...]) -> bool:
+    return all(not isinstance(leaf, torch.dtype) for leaf in tree_leaves(args))
+

@@ -1,0 +1,197 @@
+"""A layer of a linearised network as a stage of the linear-quadratic system."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..operators.tangent import Shape, Tangent, add
+from ..rules.base import Curvature
+from .linearize import BoundNode, Linearization
+
+
+@dataclass(frozen=True)
+class NetworkStage:
+    """A layer's products, node by node: tangents forward, cotangents backward.
+
+    Args:
+        nodes: The layer's linearised calls, in order.
+        state_ids: Values that make up the input state.
+        next_ids: Values that make up the output state.
+        control_ids: Parameters that enter here.
+        state: Shapes of the input state.
+        next_state: Shapes of the output state.
+        controls: Shapes of the controls.
+        proto: Carries dtype and device.
+        curvatures: For Newton-like metrics, each node's second derivative at its costate.
+    """
+
+    nodes: tuple[BoundNode, ...]
+    state_ids: tuple[int, ...]
+    next_ids: tuple[int, ...]
+    control_ids: tuple[int, ...]
+    state: tuple[Shape, ...]
+    next_state: tuple[Shape, ...]
+    controls: tuple[Shape, ...]
+    proto: Tensor
+    curvatures: tuple[Curvature | None, ...] = ()
+
+    @property
+    def curved(self) -> bool:
+        """Whether any node has second-order terms."""
+        return any(curvature is not None for curvature in self.curvatures)
+
+    def forward(self, x: Tangent, u: Tangent) -> tuple[Tangent, Any]:
+        """A x + B u; the record is the tangents, kept only where curvature will read them."""
+        moved: dict[int, Tensor] = {
+            i: v for i, v in zip((*self.state_ids, *self.control_ids), (*x, *u), strict=True)
+            if v is not None
+        }
+        for bound in self.nodes:
+            tangents = [moved.get(i) for i in bound.inputs]
+            if all(t is None for t in tangents):
+                continue
+            for i, y in zip(bound.outputs, bound.node.push_all(tangents), strict=True):
+                if y is not None:
+                    moved[i] = y
+        return tuple(moved.get(i) for i in self.next_ids), moved if self.curved else None
+
+    def backward(
+        self,
+        costate: Tangent,
+        record: Any,
+        *,
+        need_state: bool = True,
+        need_control: bool = True,
+        out: Sequence[Tensor] | None = None,
+    ) -> tuple[Tangent, Tangent]:
+        """A' p + Q x + S' u and B' p + S x + R u."""
+        sums: dict[int, Tensor] = {}
+        for i, p in zip(self.next_ids, costate, strict=True):
+            if p is not None:
+                sums[i] = p
+        buffers = {} if out is None else dict(zip(self.control_ids, out, strict=True))
+        wanted = self._wanted(need_state, need_control)
+        for place in range(len(self.nodes) - 1, -1, -1):
+            bound = self.nodes[place]
+            cotangents = [sums.pop(i, None) for i in bound.outputs]
+            needed = [i in wanted for i in bound.inputs]
+            if not any(needed):
+                continue
+            if record is not None and self.curvatures[place] is not None:
+                tangents = [record.get(i) for i in bound.inputs]
+                if any(t is not None for t in tangents):
+                    curved = self.curvatures[place](tangents)  # type: ignore[misc]
+                    _accumulate(sums, bound.inputs, curved, wanted)
+            if any(c is not None for c in cotangents):
+                free = [None if i in sums else buffers.get(i) for i in bound.inputs]
+                pulled = bound.node.pull_all(cotangents, needed, free)
+                _accumulate(sums, bound.inputs, pulled, wanted)
+        state = tuple(sums.get(i) for i in self.state_ids) if need_state else self._no_state()
+        controls = tuple(sums.get(i) for i in self.control_ids)
+        for buffer, part in zip(out or (), controls, strict=False):
+            if part is None:
+                buffer.zero_()
+            elif part is not buffer:
+                buffer.copy_(part)
+        return state, controls
+
+    def _no_state(self) -> Tangent:
+        return tuple(None for _ in self.state_ids)
+
+    def _wanted(self, need_state: bool, need_control: bool) -> set[int]:
+        """Values whose cotangents lead to a wanted result."""
+        wanted = set(self.state_ids if need_state else ())
+        wanted |= set(self.control_ids if need_control else ())
+        for bound in self.nodes:
+            if any(i in wanted for i in bound.inputs):
+                wanted.update(bound.outputs)
+        return wanted
+
+
+def _accumulate(
+    sums: dict[int, Tensor],
+    ids: Sequence[int],
+    parts: Sequence[Tensor | None],
+    wanted: set[int],
+) -> None:
+    for i, part in zip(ids, parts, strict=True):
+        if part is not None and i in wanted:
+            total = add(sums.get(i), part)
+            assert total is not None
+            sums[i] = total
+
+
+def build_stages(linearization: Linearization, proto: Tensor) -> list[NetworkStage]:
+    """One stage per layer, the states cut where the layers meet.
+
+    A value is in the state between two layers when it moves with the controls or the input, was
+    made before the cut and is read after it. A parameter read by several layers is the control
+    of the first and part of the state from there to the last.
+    """
+    T = len(linearization.layers)
+    parameters = len(linearization.parameters)
+    first = dict.fromkeys(linearization.inputs, -1)
+    last: dict[int, int] = {linearization.output: T}
+    for t, nodes in enumerate(linearization.layers):
+        for bound in nodes:
+            for i in bound.inputs:
+                first.setdefault(i, t)
+                last[i] = max(last.get(i, -1), t)
+            for i in bound.outputs:
+                first[i] = t
+    controls: list[list[int]] = [[] for _ in range(T)]
+    for i in range(parameters):
+        # A parameter that nothing reads is a control without effect: a zero column of B_0.
+        controls[first.get(i, 0)].append(i)
+    states = [
+        tuple(sorted(i for i in last if first[i] < t <= last[i])) for t in range(T)
+    ]
+    states[0] = linearization.inputs
+    states.append((linearization.output,))
+    shapes = linearization.shapes
+    return [
+        NetworkStage(
+            nodes=nodes,
+            state_ids=states[t],
+            next_ids=states[t + 1],
+            control_ids=tuple(controls[t]),
+            state=tuple(shapes[i] for i in states[t]),
+            next_state=tuple(shapes[i] for i in states[t + 1]),
+            controls=tuple(shapes[i] for i in controls[t]),
+            proto=proto,
+        )
+        for t, nodes in enumerate(linearization.layers)
+    ]
+
+
+def with_curvature(
+    stages: Sequence[NetworkStage], costate: Tensor
+) -> list[NetworkStage]:
+    """The stages with the second derivatives of <p_{t+1}, f_t>; p is pulled back from the output.
+
+    Args:
+        stages: All stages of the network.
+        costate: p_T, the gradient at the output of the loss or divergence.
+    """
+    p: Tangent = (costate.unsqueeze(0),)
+    curved: list[NetworkStage] = []
+    for stage in reversed(stages):
+        sums = {i: c for i, c in zip(stage.next_ids, p, strict=True) if c is not None}
+        curvatures: list[Curvature | None] = []
+        for bound in reversed(stage.nodes):
+            cotangents = [sums.pop(i, None) for i in bound.outputs]
+            if all(c is None for c in cotangents):
+                curvatures.append(None)
+                continue
+            costates = [None if c is None else c[0] for c in cotangents]
+            curvatures.append(bound.node.curvature_all(costates))
+            everything = [True] * len(bound.inputs)
+            pulled = bound.node.pull_all(cotangents, everything, [None] * len(everything))
+            _accumulate(sums, bound.inputs, pulled, set(bound.inputs))
+        p = tuple(sums.get(i) for i in stage.state_ids)
+        curved.append(replace(stage, curvatures=tuple(reversed(curvatures))))
+    return curved[::-1]

@@ -1,0 +1,144 @@
+"""Sums, differences and products of tensors, with broadcasting."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Call, Curvature, Node, Slot, Tangents, align, plain, reduce_to, register
+
+
+class AffineNode(Node):
+    """y = c_1 x_1 + c_2 x_2 + constant, with c_i numbers or constant tensors."""
+
+    def __init__(self, call: Call, terms: list[tuple[Slot, Any]]) -> None:
+        super().__init__(call.evaluate(), [slot for slot, _ in terms])
+        self.factors = [factor for _, factor in terms]
+        self.shapes = [slot.value.shape for slot, _ in terms]
+        self.shape = self.result.shape
+
+    def push(self, tangents: Tangents) -> Tensor:
+        """The sum of c_i dx_i."""
+        total: Tensor | None = None
+        for tangent, factor in zip(tangents, self.factors, strict=True):
+            if tangent is None:
+                continue
+            term = align(tangent, len(self.shape))
+            term = term if _is_one(factor) else term * factor
+            total = term if total is None else total + term
+        assert total is not None
+        return total.expand(len(total), *self.shape)
+
+    def pull(
+        self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """C_i c, summed over broadcast axes."""
+        return [
+            reduce_to(cotangent if _is_one(factor) else cotangent * factor, shape)
+            if wanted
+            else None
+            for factor, shape, wanted in zip(self.factors, self.shapes, needed, strict=True)
+        ]
+
+
+class ProductNode(Node):
+    """y = x_1 x_2 entry by entry, both active."""
+
+    def __init__(self, call: Call, first: Slot, second: Slot) -> None:
+        super().__init__(call.evaluate(), [first, second])
+        self.values = (first.value, second.value)
+        self.shape = self.result.shape
+
+    def push(self, tangents: Tangents) -> Tensor:
+        """dx_1 x_2 + x_1 dx_2."""
+        total: Tensor | None = None
+        for tangent, other in zip(tangents, reversed(self.values), strict=True):
+            if tangent is not None:
+                term = align(tangent, len(self.shape)) * other
+                total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def pull(
+        self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """C x_2 and c x_1, summed over broadcast axes."""
+        return [
+            reduce_to(cotangent * other, value.shape) if wanted else None
+            for value, other, wanted in zip(
+                self.values, reversed(self.values), needed, strict=True
+            )
+        ]
+
+    def curvature(self, costate: Tensor) -> Curvature | None:
+        """P dx_2 and p dx_1."""
+
+        def product(tangents: Tangents) -> list[Tensor | None]:
+            return [
+                None
+                if tangent is None
+                else reduce_to(
+                    (align(tangent, len(self.shape)) * costate).expand(
+                        len(tangent), *self.shape
+                    ),
+                    value.shape,
+                )
+                for value, tangent in zip(self.values, reversed(list(tangents)), strict=True)
+            ]
+
+        return product
+
+
+def _is_one(factor: Any) -> bool:
+    return isinstance(factor, int | float) and factor == 1
+
+
+
+@register(operator.add, torch.add, "add", "__add__", "__radd__", operator.iadd)
+def addition(call: Call) -> Node | None:
+    """Rule of x + alpha y."""
+    return _sum(call, call.kwargs.get("alpha", 1))
+
+
+@register(operator.sub, torch.sub, "sub", "__sub__", operator.isub)
+def subtraction(call: Call) -> Node | None:
+    """Rule of x - alpha y."""
+    return _sum(call, -call.kwargs.get("alpha", 1))
+
+
+@register(operator.neg, torch.neg, "neg", "__neg__")
+def negation(call: Call) -> Node | None:
+    """Rule of -x."""
+    return AffineNode(call, [(call.slots[0], -1)])
+
+
+@register(operator.mul, torch.mul, "mul", "__mul__", "__rmul__", operator.imul)
+def multiplication(call: Call) -> Node | None:
+    """Rule of x y."""
+    first, second = call.argument(0, "input"), call.argument(1, "other")
+    if isinstance(first, Slot) and isinstance(second, Slot):
+        return ProductNode(call, first, second)
+    slot, factor = (first, second) if isinstance(first, Slot) else (second, first)
+    return AffineNode(call, [(slot, factor)])
+
+
+@register(operator.truediv, torch.div, "div", "__truediv__", operator.itruediv)
+def division(call: Call) -> Node | None:
+    """Rule of x / c with a constant c; a quotient of two active tensors is generic."""
+    first, second = call.argument(0, "input"), call.argument(1, "other")
+    if isinstance(second, Slot) or call.kwargs.get("rounding_mode"):
+        return None
+    return AffineNode(call, [(first, 1 / second)])
+
+
+def _sum(call: Call, factor: Any) -> Node | None:
+    first, second = call.argument(0, "input"), call.argument(1, "other")
+    result_dtype = torch.result_type(plain(first), plain(second))
+    terms = [(v, f) for v, f in ((first, 1), (second, factor)) if isinstance(v, Slot)]
+    if any(slot.value.dtype != result_dtype for slot, _ in terms):
+        return None
+    return AffineNode(call, terms)

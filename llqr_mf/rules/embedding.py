@@ -1,0 +1,74 @@
+"""`F.embedding`: rows picked from a table; integer inputs carry no tangent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Call, Node, Slot, Tangents, plain, register
+
+
+class EmbeddingNode(Node):
+    """y_i = W[token_i].
+
+    The padding row is read but never learned: autograd gives it no gradient, so here it gets no
+    tangent either, and B' stays the transpose of B.
+    """
+
+    couples_batch = False
+
+    def __init__(self, call: Call, tokens: Tensor, weight: Slot, padding: int | None) -> None:
+        super().__init__(call.evaluate(), [weight])
+        self.tokens = tokens
+        self.shape = weight.value.shape
+        if padding is not None:
+            padding %= self.shape[0]
+        self.learned = None if padding is None else (tokens != padding).unsqueeze(-1)
+
+    def push(self, tangents: Tangents) -> Tensor:
+        """dW[token]."""
+        (dw,) = tangents
+        assert dw is not None
+        picked = dw[:, self.tokens]
+        return picked if self.learned is None else picked * self.learned
+
+    def pull(
+        self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Cotangents summed into the rows of their tokens."""
+        c = cotangent if self.learned is None else cotangent * self.learned
+        k = len(c)
+        total = c.new_zeros(k, *self.shape)
+        flat = c.reshape(k, -1, self.shape[1])
+        return [total.index_add(1, self.tokens.reshape(-1), flat)]
+
+    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
+        """As a Linear layer on one-hot inputs: two positions meet where their tokens agree."""
+        r, n = deltas.shape[:2]
+        c = deltas if self.learned is None else deltas * self.learned
+        c = c.reshape(r * n, -1, self.shape[1])
+        positions = c.shape[1]
+        if (r * n * positions) ** 2 > 2**26:
+            return super().gram(deltas, index)
+        flat = self.tokens.reshape(1, -1).expand(r, -1).reshape(-1)
+        rows = c.reshape(-1, self.shape[1])
+        met = (rows @ rows.mT) * (flat[:, None] == flat[None, :])
+        return met.reshape(r * n, positions, r * n, positions).sum((1, 3))
+
+
+@register(F.embedding)
+def embedding(call: Call) -> Node | None:
+    """Rule of `F.embedding(input, weight, padding_idx, max_norm, ...)`."""
+    tokens, weight = call.argument(0, "input"), call.argument(1, "weight")
+    if call.argument(3, "max_norm") is not None or call.argument(5, "scale_grad_by_freq", False):
+        raise NotImplementedError(
+            f"embedding in '{call.owner}' uses max_norm or scale_grad_by_freq, which change the "
+            "weights or the gradient as a side effect: switch them off for curvature."
+        )
+    if isinstance(tokens, Slot) or not isinstance(weight, Slot):
+        return None
+    assert isinstance(tokens, torch.Tensor)
+    return EmbeddingNode(call, plain(tokens), weight, call.argument(2, "padding_idx"))

@@ -1,0 +1,150 @@
+"""Any differentiable call, by autograd: a cached graph of it and of its backward.
+
+The push is the double-vjp: the backward is linear in its cotangent c, so differentiating it in c
+along v gives J v. It needs no forward-mode formula (LSTM has none) and no second forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .base import Call, Curvature, Node, Tangents
+
+
+class GenericNode(Node):
+    """y = f(x_1, ..., x_n) with any number of outputs.
+
+    Batches of columns are `is_grads_batched` passes over graphs that were themselves built
+    without vmap, which is the composition that is right through norms (design.md section 6).
+    """
+
+    def __init__(self, call: Call) -> None:
+        slots = call.slots
+        self._owner = call.owner
+        with torch.enable_grad():
+            self._inputs = [slot.value.detach().requires_grad_() for slot in slots]
+            result = call.with_values(self._inputs)
+            leaves = [leaf for leaf in tree_leaves(result) if is_active_leaf(leaf)]
+            self._moving = [leaf.requires_grad for leaf in leaves]
+            self._outputs = [leaf for leaf in leaves if leaf.requires_grad]
+            self._seeds = [torch.zeros_like(y, requires_grad=True) for y in self._outputs]
+            self._pulled = self._grad_with_graph(self._seeds)
+        super().__init__(tree_map_only(Tensor, lambda t: t.detach(), result), slots)
+
+    def push(self, tangents: Tangents) -> Tensor:
+        """J dx."""
+        (result,) = self.push_all(tangents)
+        assert result is not None
+        return result
+
+    def push_all(self, tangents: Tangents) -> tuple[Tensor | None, ...]:
+        """J dx, for every output."""
+        pairs = [
+            (g, t)
+            for g, t in zip(self._pulled, tangents, strict=True)
+            if g is not None and t is not None and g.requires_grad
+        ]
+        moved = _grad([g for g, _ in pairs], self._seeds, [t for _, t in pairs])
+        filled = iter(moved)
+        return tuple(next(filled) if moving else None for moving in self._moving)
+
+    def pull(
+        self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """J' c."""
+        return self.pull_all([cotangent], needed, out)
+
+    def pull_all(
+        self,
+        cotangents: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        out: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """J' c, from every output."""
+        moving = [c for c, moves in zip(cotangents, self._moving, strict=True) if moves]
+        pairs = [(y, c) for y, c in zip(self._outputs, moving, strict=True) if c is not None]
+        wanted = [x for x, need in zip(self._inputs, needed, strict=True) if need]
+        pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))
+        return [next(pulled) if need else None for need in needed]
+
+    def curvature(self, costate: Tensor) -> Curvature | None:
+        """Second derivative of <p, f>."""
+        return self.curvature_all([costate])
+
+    def curvature_all(self, costates: Sequence[Tensor | None]) -> Curvature | None:
+        """Second derivative of the sum of <p_i, f_i>, by reverse over reverse."""
+        moving = [p for p, moves in zip(costates, self._moving, strict=True) if moves]
+        seeds = [
+            torch.zeros_like(y) if p is None else p
+            for y, p in zip(self._outputs, moving, strict=True)
+        ]
+        with torch.enable_grad():
+            gradients = self._grad_with_graph(seeds)
+        live = [g is not None and g.requires_grad for g in gradients]
+        if not any(live):
+            return None
+
+        def product(tangents: Tangents) -> list[Tensor | None]:
+            pairs = [
+                (g, t)
+                for g, t, is_live in zip(gradients, tangents, live, strict=True)
+                if is_live and g is not None and t is not None
+            ]
+            return _grad([g for g, _ in pairs], self._inputs, [t for _, t in pairs])
+
+        return product
+
+    def _grad_with_graph(self, seeds: Sequence[Tensor]) -> list[Tensor | None]:
+        if not self._outputs:
+            return [None] * len(self._inputs)
+        try:
+            return list(
+                torch.autograd.grad(
+                    self._outputs, self._inputs, seeds, create_graph=True, allow_unused=True
+                )
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            raise NotImplementedError(
+                f"'{self._owner}' has no second backward pass ({error}). Curvature needs one: "
+                "replace the fused or custom function there by plain torch operations, or freeze "
+                "the module's parameters and everything before it."
+            ) from error
+
+
+def _grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """vjp through a kept graph for k seeds at once; results have the leading axis too."""
+    if not outputs or not inputs:
+        return [None] * len(inputs)
+    k = len(seeds[0])
+    if k == 1:
+        results = torch.autograd.grad(
+            outputs,
+            inputs,
+            [seed[0] for seed in seeds],
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        return [None if g is None else g.unsqueeze(0) for g in results]
+    return list(
+        torch.autograd.grad(
+            outputs,
+            inputs,
+            list(seeds),
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    )
+
+
+def is_active_leaf(leaf: object) -> bool:
+    """Whether an output can carry a tangent."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

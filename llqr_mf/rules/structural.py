@@ -1,0 +1,106 @@
+"""Maps that are linear in their input: reshapes, sums, gathers, concatenations, pooling."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .base import Call, Node, Tangents, register
+
+
+class LinearMapNode(Node):
+    """y = L x: the call itself pushes tangents, and its vjp pulls cotangents."""
+
+    def __init__(self, call: Call) -> None:
+        slots = call.slots
+        values = [slot.value for slot in slots]
+        super().__init__(call.evaluate(), slots)
+        self._shapes = [value.shape for value in values]
+
+        def function(*given: Tensor) -> tuple[Tensor, ...]:
+            return tuple(tree_leaves(call.with_values(given)))
+
+        self._function = function
+        self._proto = values[0]
+        # Evaluated at zeros, so that no activation is kept.
+        zeros = [value.new_zeros(1).expand(value.shape) for value in values]
+        outputs, self._pull = torch.func.vjp(function, *zeros)
+        self._outputs = [output.shape for output in outputs]
+
+    def push(self, tangents: Tangents) -> Tensor:
+        """L dx."""
+        result = self.push_all(tangents)[0]
+        assert result is not None
+        return result
+
+    def push_all(self, tangents: Tangents) -> tuple[Tensor | None, ...]:
+        """L dx, for every output."""
+        k = next(len(t) for t in tangents if t is not None)
+        whole = [
+            self._proto.new_zeros(1).expand(k, *shape) if t is None else t
+            for t, shape in zip(tangents, self._shapes, strict=True)
+        ]
+        if k == 1:
+            return tuple(y.unsqueeze(0) for y in self._function(*[t[0] for t in whole]))
+        return tuple(torch.vmap(self._function)(*whole))
+
+    def pull(
+        self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """L' c."""
+        return self.pull_all([cotangent], needed, out)
+
+    def pull_all(
+        self,
+        cotangents: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        out: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """L' c, from every output."""
+        some = next((c for c in cotangents if c is not None), None)
+        if some is None:
+            return [None] * len(needed)
+        k = len(some)
+        whole = tuple(
+            self._proto.new_zeros(1).expand(k, *shape) if c is None else c
+            for c, shape in zip(cotangents, self._outputs, strict=True)
+        )
+        if k == 1:
+            pulled = [g.unsqueeze(0) for g in self._pull(tuple(c[0] for c in whole))]
+        else:
+            pulled = list(torch.vmap(self._pull)(whole))
+        return [g if wanted else None for g, wanted in zip(pulled, needed, strict=True)]
+
+    def curvature_all(self, costates: Sequence[Tensor | None]) -> None:
+        """Zero."""
+        return None
+
+
+@register(
+    *[torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze],
+    *[torch.unsqueeze, torch.mean, torch.sum, torch.chunk, torch.split, torch.unbind],
+    *[torch.cat, torch.concat, torch.stack, torch.roll, torch.flip, torch.movedim, torch.swapaxes],
+    *[torch.select, torch.narrow, torch.index_select, torch.unflatten, torch.tril, torch.triu],
+    *["flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "mean", "sum"],
+    *["chunk", "split", "unbind", "roll", "flip", "movedim", "contiguous", "expand", "repeat"],
+    *["t", "unflatten", "select", "narrow", "index_select", "float", "double", "to", "type_as"],
+    *["expand_as", "view_as", "clone", "swapaxes", "tril", "triu", "__getitem__"],
+    *[F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d],
+    *[F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.unfold, F.fold, F.pixel_shuffle],
+    *[operator.getitem],
+)
+def linear_map(call: Call) -> Node | None:
+    """Rule of every call that is linear in its active arguments."""
+    return LinearMapNode(call)
+
+
+@register(F.pad)
+def pad(call: Call) -> Node | None:
+    """Rule of `F.pad`, linear but for a non-zero fill."""
+    return None if call.argument(3, "value") else LinearMapNode(call)
+

@@ -1,0 +1,37 @@
+"""Lazy operators of the layered linear-quadratic problem. They know torch only."""
+
+from .base import MatrixFreeOperator, SubmatrixOperator, TransposedOperator
+from .condensed_hessian import CondensedHessianOperator
+from .control import ControlOperator
+from .control_cost import ControlCost
+from .control_hessian import ControlCostOperator, ControlHessianOperator
+from .cross_hessian import CrossHessianOperator
+from .gain import GainOperator
+from .output_jacobian import OutputJacobianOperator
+from .stage import OperatorStage, Stage, StateCost
+from .state_hessian import StateHessianOperator
+from .system import System, Trajectory
+from .transition import TransitionOperator
+from .value import ValueOperator
+
+__all__ = [
+    "CondensedHessianOperator",
+    "ControlCost",
+    "ControlCostOperator",
+    "ControlHessianOperator",
+    "ControlOperator",
+    "CrossHessianOperator",
+    "GainOperator",
+    "MatrixFreeOperator",
+    "OperatorStage",
+    "OutputJacobianOperator",
+    "Stage",
+    "StateCost",
+    "StateHessianOperator",
+    "SubmatrixOperator",
+    "System",
+    "Trajectory",
+    "TransitionOperator",
+    "TransposedOperator",
+    "ValueOperator",
+]

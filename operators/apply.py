@@ -1,0 +1,78 @@
+"""Products of any `LinearOperator` with rows, and solves with the simple ones."""
+
+from __future__ import annotations
+
+import torch
+from linear_operator import LinearOperator
+from linear_operator.operators import (
+    ConstantDiagLinearOperator,
+    DenseLinearOperator,
+    DiagLinearOperator,
+    KroneckerProductLinearOperator,
+)
+from torch import Tensor
+
+from .base import MatrixFreeOperator
+
+DENSE_INVERSE = 4096
+"""Largest size at which an operator without a cheap inverse is inverted as a dense matrix."""
+
+
+def apply_rows(operator: LinearOperator, v: Tensor) -> Tensor:
+    """Operator times k vectors; shape (k, n) to (k, m)."""
+    if isinstance(operator, MatrixFreeOperator):
+        return operator._rows(v)
+    return operator._matmul(v.mT).mT
+
+
+def apply_rows_t(operator: LinearOperator, w: Tensor) -> Tensor:
+    """Transposed operator times k vectors; shape (k, m) to (k, n)."""
+    if isinstance(operator, MatrixFreeOperator):
+        return operator._rows_t(w)
+    return operator._t_matmul(w.mT).mT
+
+
+def as_operator(value: LinearOperator | Tensor) -> LinearOperator:
+    """A tensor as a `DenseLinearOperator`; an operator as it is."""
+    return value if isinstance(value, LinearOperator) else DenseLinearOperator(value)
+
+
+def inverse_operator(operator: LinearOperator) -> LinearOperator:
+    """The inverse of a positive-definite operator, where it is cheap to have.
+
+    Diagonal, Kronecker with dense factors, an operator with its own `inverse()`, or any operator
+    of size at most `DENSE_INVERSE` (by Cholesky in float64).
+
+    Raises:
+        ValueError: The operator is not positive definite.
+        NotImplementedError: It is large and of a kind whose inverse is unknown.
+    """
+    if isinstance(operator, ConstantDiagLinearOperator | DiagLinearOperator):
+        diagonal = operator._diagonal()
+        if not bool((diagonal > 0).all()):
+            raise ValueError("a control cost must be positive definite to be inverted")
+        return DiagLinearOperator(1 / diagonal)
+    if isinstance(operator, KroneckerProductLinearOperator):
+        return KroneckerProductLinearOperator(
+            *[_dense_inverse(factor) for factor in operator.linear_ops]
+        )
+    if isinstance(operator, MatrixFreeOperator) and hasattr(operator, "inverse"):
+        try:
+            return operator.inverse()
+        except NotImplementedError:
+            pass
+    if operator.shape[0] <= DENSE_INVERSE:
+        return _dense_inverse(operator)
+    raise NotImplementedError(
+        f"the inverse of a {type(operator).__name__} of size {operator.shape[0]} is not known: "
+        "give the damping as a number, a diagonal or a Kronecker product, or use method='cg', "
+        "which needs only its products."
+    )
+
+
+def _dense_inverse(operator: LinearOperator) -> LinearOperator:
+    dense = operator.to_dense()
+    factor, info = torch.linalg.cholesky_ex(dense.double())
+    if int(info) != 0:
+        raise ValueError("a control cost must be positive definite to be inverted")
+    return DenseLinearOperator(torch.cholesky_inverse(factor).to(dense.dtype))

@@ -1,0 +1,237 @@
+"""The base class of every lazy operator of the library."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from linear_operator import LinearOperator
+from linear_operator.operators import ZeroLinearOperator
+from torch import Tensor
+
+DENSE_COLUMNS = 64
+"""Columns per pass when an operator is written out by `to_dense` or `diagonal`."""
+
+
+class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
+    """A matrix known only by its products, with `linear_operator`'s algebra on top.
+
+    A subclass names its size and multiplies *rows*: a block of k right-hand sides is a tensor
+    of shape (k, n), one contiguous vector per row, so that k folds into the batch of a network.
+    `A @ V` takes the usual columns, shape (n, k), and transposes (a view).
+
+    Two things differ from `LinearOperator`. `A @ v` calls `_matmul` itself rather than a legacy
+    `autograd.Function`, so it is differentiable in v and can stand under `torch.func`. And
+    nothing is ever solved here: solvers live in `llqr_mf.solvers`.
+
+    Args:
+        proto: A tensor (it may be empty) that carries dtype and device.
+        columns: Columns multiplied in one pass; None takes all at once. A pass holds one tangent
+            of every activation per column.
+        **parts: Whatever the subclass needs to be rebuilt by `type(self)(proto, **parts)`.
+    """
+
+    symmetric = False
+
+    def __init__(self, proto: Tensor, *, columns: int | None = None, **parts: Any) -> None:
+        super().__init__(proto, columns=columns, **parts)
+        self._proto = proto
+        self._columns = columns
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int]:
+        """The number of rows and columns."""
+
+    @abstractmethod
+    def _rows(self, v: Tensor) -> Tensor:
+        """Product with k vectors; shape (k, n) to (k, m)."""
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        """Product of the transpose with k vectors; shape (k, m) to (k, n)."""
+        if self.symmetric:
+            return self._rows(w)
+        raise NotImplementedError(f"{type(self).__name__} has no transposed product")
+
+    # ---- what linear_operator asks of a subclass
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+        return self._proto.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the products."""
+        return self._proto.device
+
+    def _size(self) -> torch.Size:
+        return torch.Size(self._sizes())
+
+    def _transpose_nonbatch(self) -> LinearOperator:
+        return self if self.symmetric else TransposedOperator(self._proto, base=self)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        return self._columns_in_passes(self._rows, rhs)
+
+    def _t_matmul(self, rhs: Tensor) -> Tensor:
+        return self._columns_in_passes(self._rows_t, rhs)
+
+    def _columns_in_passes(self, product: Any, rhs: Tensor) -> Tensor:
+        if rhs.ndim == 1:
+            return product(rhs.unsqueeze(0)).squeeze(0)
+        rows = rhs.mT.reshape(-1, rhs.shape[-2])
+        if self._columns is None or len(rows) <= self._columns:
+            out = product(rows)
+        else:
+            out = torch.cat([product(part) for part in rows.split(self._columns)])
+        return out.reshape(*rhs.shape[:-2], rhs.shape[-1], -1).mT
+
+    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """The product with a vector (n,), columns (n, k), a batch (..., n, k) or an operator."""
+        if isinstance(other, LinearOperator):
+            return super().matmul(other)
+        size = self.shape[-1]
+        if (other.shape[0] if other.ndim == 1 else other.shape[-2]) != size:
+            raise ValueError(
+                f"{type(self).__name__} of shape {tuple(self.shape)} cannot multiply a tensor of "
+                f"shape {tuple(other.shape)}: it takes ({size},) or (..., {size}, k)."
+            )
+        if other.dtype != self.dtype or other.device != self.device:
+            raise ValueError(
+                f"{type(self).__name__} is {self.dtype} on {self.device} and the right-hand side "
+                f"is {other.dtype} on {other.device}: convert one of them with .to()."
+            )
+        return self._matmul(other)
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, by products with unit vectors in passes of `DENSE_COLUMNS`."""
+        m, n = self._sizes()
+        product, size = (self._rows, n) if n <= m else (self._rows_t, m)
+        parts = [product(unit) for unit in _unit_rows(size, self._proto)]
+        rows = torch.cat(parts) if parts else self._proto.new_zeros(0, max(m, n))
+        return rows.mT.contiguous() if n <= m else rows
+
+    def _diagonal(self) -> Tensor:
+        parts, start = [], 0
+        for unit in _unit_rows(self._sizes()[0], self._proto):
+            parts.append(self._rows(unit)[:, start : start + len(unit)].diagonal())
+            start += len(unit)
+        return torch.cat(parts) if parts else self._proto.new_zeros(0)
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        m, n = self._sizes()
+        device = self.device
+        return SubmatrixOperator(
+            self._proto,
+            base=self,
+            chosen=(
+                torch.arange(m, device=device)[row_index],
+                torch.arange(n, device=device)[col_index],
+            ),
+        )
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Any) -> Tensor:
+        columns, place = torch.unique(col_index, return_inverse=True)
+        unit = torch.zeros(len(columns), self._sizes()[1], dtype=self.dtype, device=self.device)
+        unit[torch.arange(len(columns)), columns] = 1
+        return self._rows(unit)[place, row_index]
+
+    def _unsqueeze_batch(self, dim: int) -> LinearOperator:
+        raise NotImplementedError(
+            f"{type(self).__name__} is one matrix and takes no batch dimension: multiply a batch "
+            "of right-hand sides instead."
+        )
+
+    def _expand_batch(self, batch_shape: torch.Size | list[int]) -> LinearOperator:
+        if len(batch_shape) == 0:
+            return self
+        return self._unsqueeze_batch(0)
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1.0
+
+    def to_scipy(self) -> Any:
+        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def product(rows: Any) -> Any:
+            def apply(x: Any) -> Any:
+                v = torch.from_numpy(np.asarray(x)).to(self.device, self.dtype)
+                with torch.no_grad():
+                    out = rows(v.reshape(len(v), -1).mT.contiguous()).mT
+                return out.reshape(-1, *x.shape[1:]).to("cpu", wide).numpy()
+
+            return apply
+
+        return ScipyOperator(
+            shape=self._sizes(),
+            dtype=torch.empty(0, dtype=wide).numpy().dtype,
+            matvec=product(self._rows),
+            matmat=product(self._rows),
+            rmatvec=product(self._rows_t),
+            rmatmat=product(self._rows_t),
+        )
+
+
+class TransposedOperator(MatrixFreeOperator):
+    """The transpose of a `MatrixFreeOperator`, sharing its linearisation."""
+
+    def __init__(self, proto: Tensor, *, base: MatrixFreeOperator, columns: int | None = None):
+        super().__init__(proto, columns=base._columns, base=base)
+        self.base = base
+
+    def _sizes(self) -> tuple[int, int]:
+        m, n = self.base._sizes()
+        return n, m
+
+    def _rows(self, v: Tensor) -> Tensor:
+        return self.base._rows_t(v)
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        return self.base._rows(w)
+
+    def _transpose_nonbatch(self) -> LinearOperator:
+        return self.base
+
+
+class SubmatrixOperator(MatrixFreeOperator):
+    """Chosen rows and columns of an operator; one product of the whole operator per product."""
+
+    def __init__(
+        self,
+        proto: Tensor,
+        *,
+        base: MatrixFreeOperator,
+        chosen: tuple[Tensor, Tensor],
+        columns: int | None = None,
+    ):
+        super().__init__(proto, columns=base._columns, base=base, chosen=chosen)
+        self.base, self.chosen = base, chosen
+
+    def _sizes(self) -> tuple[int, int]:
+        return len(self.chosen[0]), len(self.chosen[1])
+
+    def _rows(self, v: Tensor) -> Tensor:
+        whole = v.new_zeros(len(v), self.base._sizes()[1])
+        return self.base._rows(whole.index_copy(1, self.chosen[1], v))[:, self.chosen[0]]
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        whole = w.new_zeros(len(w), self.base._sizes()[0])
+        return self.base._rows_t(whole.index_copy(1, self.chosen[0], w))[:, self.chosen[1]]
+
+
+def zero_operator(m: int, n: int, proto: Tensor) -> LinearOperator:
+    """An exact zero, so that an absent cost still multiplies."""
+    return ZeroLinearOperator(m, n, dtype=proto.dtype, device=proto.device)
+
+
+def _unit_rows(size: int, proto: Tensor) -> Any:
+    for start in range(0, size, DENSE_COLUMNS):
+        k = min(DENSE_COLUMNS, size - start)
+        unit = torch.zeros(k, size, dtype=proto.dtype, device=proto.device)
+        unit[torch.arange(k), torch.arange(start, start + k)] = 1
+        yield unit

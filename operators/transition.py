@@ -1,0 +1,36 @@
+"""A_t, the derivative of a layer in its input state."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import MatrixFreeOperator
+from .stage import Stage
+from .tangent import from_rows, size_of, to_rows
+
+
+class TransitionOperator(MatrixFreeOperator):
+    """A_t: dx_t to its share of dx_{t+1}, shape (n_{t+1}, n_t).
+
+    Args:
+        proto: Carries dtype and device.
+        stage: The linearised layer.
+        columns: Columns per pass.
+    """
+
+    def __init__(self, proto: Tensor, *, stage: Stage, columns: int | None = None) -> None:
+        super().__init__(proto, columns=columns, stage=stage)
+        self.stage = stage
+
+    def _sizes(self) -> tuple[int, int]:
+        return size_of(self.stage.next_state), size_of(self.stage.state)
+
+    def _rows(self, v: Tensor) -> Tensor:
+        zero = tuple(None for _ in self.stage.controls)
+        out, _ = self.stage.forward(from_rows(v, self.stage.state), zero)
+        return to_rows(out, self.stage.next_state, v, len(v))
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        costate = from_rows(w, self.stage.next_state)
+        out, _ = self.stage.backward(costate, None, need_control=False)
+        return to_rows(out, self.stage.state, w, len(w))

@@ -1,0 +1,276 @@
+"""What the Krylov solvers share: blocks of columns, mixed precision, the true residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from llqr_mf.operators.apply import apply_rows
+
+from .dots import row_norms
+from .status import SEVERITY, Code, Status
+
+RowProduct: TypeAlias = LinearOperator | Callable[[Tensor], Tensor]
+"""An operator, or a function of rows: shape (k, n) to (k, n)."""
+
+FLOAT64_VECTORS = 2**24
+"""Block size n * k up to which the recurrences run in float64 unless told otherwise."""
+
+MAX_RESTARTS = 3
+"""How often a solve starts again from its true residual."""
+
+RUNNING = -1
+"""Place of a column's code in `SEVERITY` while it has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class KrylovResult:
+    """The answer of an iterative solve.
+
+    Attributes:
+        x: The solution in the dtype of b; shape of b.
+        iterations: Iterations of the block, all restarts together.
+        residual_norm: |b - A x| / |b|, recomputed from x; 0 for a zero b. Float64, shape () or
+            (k,).
+        status: How the solve ended; of a block, how its worst column ended.
+        codes: How each column ended.
+        products: Products with the operator; a block of k vectors is one product.
+    """
+
+    x: Tensor
+    iterations: int
+    residual_norm: Tensor
+    status: Status
+    codes: tuple[Code, ...]
+    products: int
+
+
+class Product:
+    """A product in its own dtype, seen from vectors of another.
+
+    When the dtypes differ, each row is scaled by a power of two to a norm in [1/2, 1) before it is
+    rounded, so that a small residual does not vanish in a narrow dtype.
+
+    Args:
+        operator: An operator or a function of rows.
+        dtype: The dtype of its products.
+        like: A block of vectors; shape (k, n).
+    """
+
+    def __init__(self, operator: RowProduct, dtype: torch.dtype, like: Tensor) -> None:
+        self.operator, self.count = operator, 0
+        self.mixed = dtype != like.dtype
+        if self.mixed:
+            self.narrow = torch.empty_like(like, dtype=dtype)
+            self.wide = torch.empty_like(like)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Product with rows; shape (k, n) to (k, n). The next call may overwrite the result."""
+        if not self.mixed:
+            return self._product(v)
+        norm = row_norms(v)
+        scale = torch.where(norm > 0, torch.frexp(norm).mantissa / norm, 1.0)
+        scale = scale.to(v.dtype).unsqueeze(-1)
+        self.narrow.copy_(torch.mul(v, scale, out=self.wide))
+        return self.wide.copy_(self._product(self.narrow)).div_(scale)
+
+    def _product(self, v: Tensor) -> Tensor:
+        self.count += 1
+        if isinstance(self.operator, LinearOperator):
+            return apply_rows(self.operator, v)
+        out = self.operator(v)
+        if out.shape != v.shape:
+            raise ValueError(
+                f"the callable turned rows of shape {tuple(v.shape)} into {tuple(out.shape)}: it "
+                "must map (k, n) to (k, n), one vector per row."
+            )
+        return out
+
+
+class System:
+    """A x = b for k columns at once, kept as rows.
+
+    Args:
+        operator: A, symmetric.
+        b: Right-hand sides; shape (n,) or (n, k).
+        preconditioner: Approximates the inverse of A; positive definite.
+        rtol: Tolerance relative to |b_j|, column by column.
+        atol: Absolute tolerance.
+        recurrence_dtype: Dtype of the vectors; None takes float64 for a block of at most
+            `FLOAT64_VECTORS` numbers, else b's dtype, and float32 at least.
+
+    Raises:
+        ValueError: An argument has the wrong shape, dtype or range, or b is not finite.
+    """
+
+    def __init__(
+        self,
+        operator: RowProduct,
+        b: Tensor,
+        *,
+        preconditioner: RowProduct | None,
+        rtol: float,
+        atol: float,
+        recurrence_dtype: torch.dtype | None,
+    ) -> None:
+        if b.ndim not in (1, 2):
+            raise ValueError(f"b has shape {tuple(b.shape)}: give (n,) or columns (n, k).")
+        if not rtol >= 0 or not atol >= 0:
+            raise ValueError(f"tolerances cannot be negative: rtol={rtol}, atol={atol}.")
+        _check_fit("operator", operator, b)
+        self.is_vector = b.ndim == 1
+        self.b = self.rows_of(b)
+        self.dtype = b.dtype
+        self.vector_dtype = recurrence_dtype or _default_dtype(b)
+        like = torch.empty_like(self.b, dtype=self.vector_dtype)
+        self.multiply = Product(operator, self.dtype, like)
+        self.precondition: Product | None = None
+        if preconditioner is not None:
+            its_dtype = _check_fit("preconditioner", preconditioner, b)
+            self.precondition = Product(preconditioner, its_dtype, like)
+        self.b_norm = row_norms(self.b)
+        if not bool(self.b_norm.isfinite().all()):
+            raise ValueError("b holds NaN or infinity: look at the gradient it came from.")
+        self.tolerance = (rtol * self.b_norm).clamp_(min=atol)
+
+    def rows_of(self, columns: Tensor) -> Tensor:
+        """The rows of a tensor with b's layout; shape (n,) or (n, k) to (k, n)."""
+        return columns.reshape(1, -1) if columns.ndim == 1 else columns.mT.contiguous()
+
+    def columns_of(self, rows: Tensor) -> Tensor:
+        """Rows in b's layout; shape (k, n) to (n,) or (n, k)."""
+        return rows.squeeze(0) if self.is_vector else rows.mT
+
+    def zeros(self) -> Tensor:
+        """A block of vectors; shape (k, n)."""
+        return torch.zeros_like(self.b, dtype=self.vector_dtype)
+
+    def mask(self, columns: list[int]) -> Tensor:
+        """Which columns are in a list; shape (k,), bool."""
+        chosen = [j in columns for j in range(len(self.b))]
+        return torch.tensor(chosen, dtype=torch.bool, device=self.b.device)
+
+    def apply_preconditioner(self, r: Tensor) -> Tensor:
+        """M r, or r itself."""
+        return r if self.precondition is None else self.precondition(r)
+
+    def residual(self, x: Tensor, out: Tensor) -> Tensor:
+        """The true b - A x, with x rounded to the dtype of the products."""
+        return out.copy_(self.b).sub_(self.multiply(x))
+
+    def start(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first iterate and its residual; a zero column starts, and stays, at zero."""
+        x = self.zeros()
+        if initial is None:
+            return x, x.clone().copy_(self.b)
+        shape = (self.b.shape[1],) if self.is_vector else (self.b.shape[1], self.b.shape[0])
+        if initial.shape != shape or not bool(initial.isfinite().all()):
+            raise ValueError(f"initial must be finite and of b's shape {shape}.")
+        x.copy_(self.rows_of(initial)).masked_fill_((self.b_norm == 0).unsqueeze(-1), 0)
+        return x, self.residual(x, out=torch.empty_like(x))
+
+    def relative(self, norm: Tensor) -> Tensor:
+        """Residual norms over |b|; a column where both are zero has 0."""
+        return torch.where(norm == 0, norm, norm / self.b_norm)
+
+
+Ends: TypeAlias = dict[int, Code]
+"""How the columns that ended did."""
+
+Run: TypeAlias = Callable[[Tensor, Tensor, list[int], int], tuple[Ends, int]]
+"""One run of a recurrence: (x, r, todo, budget) to the ends and the number of iterations. It
+advances columns `todo` of x, leaves the others as they are, and may overwrite r."""
+
+
+def solve_to_true_residual(
+    system: System, x: Tensor, r: Tensor, run: Run, max_iterations: int
+) -> tuple[Tensor, tuple[Code, ...], Tensor, int]:
+    """Runs a recurrence, and again from the true residual while that keeps falling.
+
+    Args:
+        system: The equations.
+        x: First iterate; shape (k, n). Overwritten.
+        r: Its true residual. Overwritten.
+        run: One run of the recurrence.
+        max_iterations: Iterations of all runs together.
+
+    Returns:
+        x rounded to b's dtype, the code of every column, the true residual norms and the number
+        of iterations.
+    """
+    norm = row_norms(r)
+    kept = x.to(system.dtype)
+    codes = [Code.CONVERGED] * len(x)
+    todo = [j for j, large in enumerate((norm > system.tolerance).tolist()) if large]
+    iterations, restarts = 0, -1
+    while todo:
+        ended, took = run(x, r, todo, max_iterations - iterations)
+        iterations, restarts = iterations + took, restarts + 1
+        previous, norm = norm, row_norms(system.residual(x, out=r))
+        # A restart that made its column worse is undone; a step to the boundary is an answer.
+        undoable = [j for j in todo if restarts and ended.get(j) is not Code.TRUST_REGION]
+        undo = system.mask(undoable) & (norm > previous)
+        kept = torch.where(undo.unsqueeze(-1), kept, x.to(system.dtype))
+        norm = torch.where(undo, previous, norm)
+        small, halved, finite = torch.stack(
+            [norm <= system.tolerance, norm <= previous / 2, norm.isfinite()]
+        ).tolist()
+        again = []
+        for j in todo:
+            codes[j] = ended.get(j, Code.MAX_ITERATIONS)
+            if codes[j] not in (Code.CONVERGED, Code.MAX_ITERATIONS):
+                continue
+            if small[j]:
+                codes[j] = Code.CONVERGED
+            elif not finite[j]:
+                codes[j] = Code.NOT_FINITE
+            elif iterations >= max_iterations:
+                codes[j] = Code.MAX_ITERATIONS
+            else:
+                codes[j] = Code.STAGNATED
+                if halved[j] and restarts < MAX_RESTARTS:
+                    again.append(j)
+        todo = again
+        x.copy_(kept)
+    return kept, tuple(codes), norm, iterations
+
+
+def first_event(running: Tensor, events: dict[Code, Tensor]) -> Tensor:
+    """The place in `SEVERITY` of each column's first event that holds, else `RUNNING`."""
+    outcome = torch.full(running.shape, RUNNING, device=running.device)
+    for code, holds in reversed(events.items()):
+        outcome = torch.where(running & holds, SEVERITY.index(code), outcome)
+    return outcome
+
+
+def read_events(places: list[float]) -> Ends:
+    """The events among the places that `first_event` gave."""
+    return {j: SEVERITY[int(place)] for j, place in enumerate(places) if place != RUNNING}
+
+
+def _check_fit(name: str, operator: RowProduct, b: Tensor) -> torch.dtype:
+    """The dtype of an operator's products, once it is seen to fit b."""
+    if not isinstance(operator, LinearOperator):
+        return b.dtype
+    if tuple(operator.shape) != (len(b), len(b)):
+        raise ValueError(
+            f"the {name} of shape {tuple(operator.shape)} does not fit b of shape {tuple(b.shape)}."
+        )
+    dtype: torch.dtype = operator.dtype
+    if operator.device != b.device or (name == "operator" and dtype != b.dtype):
+        raise ValueError(
+            f"the {name} is {dtype} on {operator.device} and b is {b.dtype} on {b.device}: "
+            "convert one of them with .to()."
+        )
+    return dtype
+
+
+def _default_dtype(b: Tensor) -> torch.dtype:
+    if b.numel() <= FLOAT64_VECTORS:
+        return torch.float64
+    return torch.promote_types(b.dtype, torch.float32)
