@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -81,12 +82,13 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
     def _columns_in_passes(self, product: Any, rhs: Tensor) -> Tensor:
         if rhs.ndim == 1:
             return product(rhs.unsqueeze(0)).squeeze(0)
-        rows = rhs.mT.reshape(-1, rhs.shape[-2])
+        *batch, n, k = rhs.shape
+        rows = rhs.mT.reshape(math.prod(batch) * k, n)
         if self._columns is None or len(rows) <= self._columns:
             out = product(rows)
         else:
             out = torch.cat([product(part) for part in rows.split(self._columns)])
-        return out.reshape(*rhs.shape[:-2], rhs.shape[-1], -1).mT
+        return out.reshape(*batch, k, out.shape[-1]).mT
 
     def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         """The product with a vector (n,), columns (n, k), a batch (..., n, k) or an operator."""

@@ -91,7 +91,12 @@ class System:
         return views
 
     def rollout(
-        self, u: Tensor | None, x0: Tangent | None = None, *, with_affine: bool = False
+        self,
+        u: Tensor | None,
+        x0: Tangent | None = None,
+        *,
+        with_affine: bool = False,
+        columns: int = 1,
     ) -> Trajectory:
         """x_{t+1} = A_t x_t + B_t u_t (+ f_t), for k columns at once.
 
@@ -99,9 +104,10 @@ class System:
             u: Controls, shape (k, P), or None for zero.
             x0: First state, or None for zero.
             with_affine: Whether f_t is added.
+            columns: k, used when u and x0 do not tell.
         """
         views = None if u is None else self.split_control(u)
-        columns = _columns(u, x0)
+        columns = _columns(u, x0, columns)
         x = tuple(None for _ in self.state_shapes(0)) if x0 is None else x0
         states: list[Tangent | None] = []
         records = []
@@ -226,7 +232,7 @@ class System:
                 view.zero_()
 
 
-def _columns(u: Tensor | None, x0: Tangent | None) -> int:
+def _columns(u: Tensor | None, x0: Tangent | None, otherwise: int) -> int:
     if u is not None:
         return len(u)
-    return next((len(part) for part in x0 or () if part is not None), 1)
+    return next((len(part) for part in x0 or () if part is not None), otherwise)

@@ -54,6 +54,6 @@ def tail_controls(system: System, solve: TailSolve, v: Tensor) -> Tensor:
     """The controls that are best from x_t = v on, linear terms left out; shape (k, P_tail)."""
     x0 = from_rows(v, system.state_shapes(0))
     zero = tuple(None for _ in system.state_shapes(system.horizon))
-    gradient = system.adjoint(zero, system.rollout(None, x0), columns=len(v))[1]
+    gradient = system.adjoint(zero, system.rollout(None, x0, columns=len(v)))[1]
     assert gradient is not None
     return solve(system, -gradient)

@@ -17,7 +17,9 @@ from .krylov import (
     RowProduct,
     System,
     first_event,
+    per_row,
     read_events,
+    show_progress,
     solve_to_true_residual,
 )
 from .status import MESSAGES, Code, worst_status
@@ -98,11 +100,11 @@ def cg(
     Products: the iterations, one for `initial`, and one for each run (restarts are rare).
     The device is read once per iteration.
 
-    Negative curvature, p'Ap <= eps |p||Ap| with eps that of the product's dtype, is never
-    divided by. The column keeps its current iterate. At the first iteration without `initial` that
-    would be zero, so it steps along the preconditioned gradient z instead, by the length
-    r'z / (|z||Az|): as if the curvature along z were as large as |Az|/|z| allows. (By 1 where
-    Az = 0.)
+    Curvature that is not positive beyond the rounding of the products, p'Ap <= eps |A| |p|^2 with
+    |A| the largest |Ap|/|p| met, is never divided by. The column keeps its current iterate. At
+    the first iteration without `initial` that would be zero, so it steps along the preconditioned
+    gradient z instead, by the length r'z / (|z||Az|): as if the curvature along z were as large as
+    |Az|/|z| allows. (By 1 where Az = 0.)
 
     Args:
         operator: A: a `LinearOperator`, or a function of rows (k, n) to (k, n) whose products
@@ -216,18 +218,19 @@ class _ConjugateGradients:
         if ball is not None:
             ball.enter(x, r, rz)
         iteration = 0
-        for iteration in range(1, budget + 1):
+        while iteration < budget:
+            iteration += 1
             q = system.multiply(p)
             pp, pq, qq = row_dots(p, p), row_dots(p, q), row_dots(q, q)
+            positive = pq > self.eps * system.see_norm((qq / pp).sqrt()) * pp
             size = (pp * qq).sqrt()
-            positive = pq > self.eps * size
             alpha = torch.where(positive, rz / pq, self._length_uphill(rz, size))
             crosses = torch.zeros_like(positive)
             if ball is not None:
                 alpha, crosses = ball.advance(alpha, positive)
             finite = (size + pq + rz).isfinite()
             usable = running & finite & (rz > 0)
-            step = torch.where(usable, alpha, 0.0).to(x.dtype).unsqueeze(-1)
+            step = per_row(torch.where(usable, alpha, 0.0), x)
             x.addcmul_(p, step)
             r.addcmul_(q, step, value=-1)
             r_norm = row_norms(r)
@@ -247,7 +250,7 @@ class _ConjugateGradients:
             places, bends_up, residuals = torch.stack(
                 [outcome.double(), positive.double(), system.relative(r_norm)]
             ).tolist()
-            self._show(residuals)
+            show_progress(self.bar, residuals)
             news = read_events(places)
             for j, code in news.items():
                 if code in (Code.TRUST_REGION, Code.NEGATIVE_CURVATURE) and not bends_up[j]:
@@ -264,7 +267,7 @@ class _ConjugateGradients:
             # Polak-Ribiere's (r - r_old)'z / r_old'z_old, as r - r_old = -alpha q.
             beta = -row_dots(q, z) / pq if self.flexible else rz / rz_old
             beta = torch.where(running, beta, 0.0)
-            p.mul_(beta.to(p.dtype).unsqueeze(-1)).add_(z)
+            p.mul_(per_row(beta, p)).add_(z)
             if system.precondition is not None or len(ended) + len(x) > len(todo):
                 p.masked_fill_(~(running & (rz > 0)).unsqueeze(-1), 0)
             if ball is not None:
@@ -274,7 +277,7 @@ class _ConjugateGradients:
         return ended, iteration
 
     def coefficients(self) -> Tensor:
-        """p'Ap / r'z and beta of the first run; shape (2, iterations, k)."""
+        """The two coefficients of every iteration of the first run; shape (2, iterations, k)."""
         curvatures, betas = self.recorded
         nothing = torch.full_like(self.system.b_norm, torch.nan)
         if not curvatures:
@@ -307,11 +310,6 @@ class _ConjugateGradients:
     def _record(self, which: int, coefficient: Tensor) -> None:
         if self.recording:
             self.recorded[which].append(coefficient)
-
-    def _show(self, residuals: list[float]) -> None:
-        if not self.bar.disable:
-            self.bar.set_postfix(residual=f"{max(residuals):.1e}", refresh=False)
-            self.bar.update()
 
 
 class _Ball:

@@ -20,7 +20,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """
     chunk = max(1, (CPU_CHUNK if a.device.type == "cpu" else GPU_CHUNK) // max(1, len(a)))
     total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-    for x, y in zip(a.split(chunk, dim=-1), b.split(chunk, dim=-1), strict=True):
+    for x, y in zip(torch.split(a, chunk, -1), torch.split(b, chunk, -1), strict=True):
         total += (x.double() * y.double()).sum(dim=-1)
     return total
 

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from linear_operator import LinearOperator
 from torch import Tensor
+from tqdm import tqdm
 
-from llqr_mf.operators.apply import apply_rows
-
+from ..operators.apply import apply_rows
 from .dots import row_norms
 from .status import SEVERITY, Code, Status
 
@@ -82,7 +82,8 @@ class Product:
     def _product(self, v: Tensor) -> Tensor:
         self.count += 1
         if isinstance(self.operator, LinearOperator):
-            return apply_rows(self.operator, v)
+            out: Tensor = apply_rows(self.operator, v)
+            return out
         out = self.operator(v)
         if out.shape != v.shape:
             raise ValueError(
@@ -136,6 +137,7 @@ class System:
         self.b_norm = row_norms(self.b)
         if not bool(self.b_norm.isfinite().all()):
             raise ValueError("b holds NaN or infinity: look at the gradient it came from.")
+        self.norm_seen = torch.zeros_like(self.b_norm)
         self.tolerance = (rtol * self.b_norm).clamp_(min=atol)
 
     def rows_of(self, columns: Tensor) -> Tensor:
@@ -155,6 +157,11 @@ class System:
         chosen = [j in columns for j in range(len(self.b))]
         return torch.tensor(chosen, dtype=torch.bool, device=self.b.device)
 
+    def see_norm(self, growth: Tensor) -> Tensor:
+        """The largest |A p| / |p| met so far, a lower bound of |A|; shape (k,)."""
+        self.norm_seen = torch.fmax(self.norm_seen, growth)
+        return self.norm_seen
+
     def apply_preconditioner(self, r: Tensor) -> Tensor:
         """M r, or r itself."""
         return r if self.precondition is None else self.precondition(r)
@@ -171,7 +178,8 @@ class System:
         shape = (self.b.shape[1],) if self.is_vector else (self.b.shape[1], self.b.shape[0])
         if initial.shape != shape or not bool(initial.isfinite().all()):
             raise ValueError(f"initial must be finite and of b's shape {shape}.")
-        x.copy_(self.rows_of(initial)).masked_fill_((self.b_norm == 0).unsqueeze(-1), 0)
+        x.copy_(self.rows_of(initial).to(self.dtype))
+        x.masked_fill_((self.b_norm == 0).unsqueeze(-1), 0)
         return x, self.residual(x, out=torch.empty_like(x))
 
     def relative(self, norm: Tensor) -> Tensor:
@@ -190,7 +198,7 @@ advances columns `todo` of x, leaves the others as they are, and may overwrite r
 def solve_to_true_residual(
     system: System, x: Tensor, r: Tensor, run: Run, max_iterations: int
 ) -> tuple[Tensor, tuple[Code, ...], Tensor, int]:
-    """Runs a recurrence, and again from the true residual while that keeps falling.
+    """Runs a recurrence, and again from the true residual while that is of use.
 
     Args:
         system: The equations.
@@ -206,7 +214,7 @@ def solve_to_true_residual(
     norm = row_norms(r)
     kept = x.to(system.dtype)
     codes = [Code.CONVERGED] * len(x)
-    todo = [j for j, large in enumerate((norm > system.tolerance).tolist()) if large]
+    todo = [j for j, small in enumerate((norm <= system.tolerance).tolist()) if not small]
     iterations, restarts = 0, -1
     while todo:
         ended, took = run(x, r, todo, max_iterations - iterations)
@@ -217,8 +225,12 @@ def solve_to_true_residual(
         undo = system.mask(undoable) & (norm > previous)
         kept = torch.where(undo.unsqueeze(-1), kept, x.to(system.dtype))
         norm = torch.where(undo, previous, norm)
-        small, halved, finite = torch.stack(
-            [norm <= system.tolerance, norm <= previous / 2, norm.isfinite()]
+        # Rounding x and the product make an error of this size, which no restart gets rid of. The
+        # 4 is for |A|: of A with a log-uniform spectrum a third is seen.
+        floor = 4 * torch.finfo(system.dtype).eps * system.norm_seen * row_norms(kept)
+        hopeful = norm > 0*floor
+        small, hopeful, finite = torch.stack(
+            [norm <= system.tolerance, hopeful, norm.isfinite()]
         ).tolist()
         again = []
         for j in todo:
@@ -233,7 +245,7 @@ def solve_to_true_residual(
                 codes[j] = Code.MAX_ITERATIONS
             else:
                 codes[j] = Code.STAGNATED
-                if halved[j] and restarts < MAX_RESTARTS:
+                if hopeful[j] and restarts < MAX_RESTARTS:
                     again.append(j)
         todo = again
         x.copy_(kept)
@@ -251,6 +263,18 @@ def first_event(running: Tensor, events: dict[Code, Tensor]) -> Tensor:
 def read_events(places: list[float]) -> Ends:
     """The events among the places that `first_event` gave."""
     return {j: SEVERITY[int(place)] for j, place in enumerate(places) if place != RUNNING}
+
+
+def per_row(coefficient: Tensor, block: Tensor) -> Tensor:
+    """One number per row, to multiply a block with; shape (k,) to (k, 1), in the block's dtype."""
+    return coefficient.to(block.dtype).unsqueeze(-1)
+
+
+def show_progress(bar: tqdm, residuals: list[float]) -> None:
+    """One iteration on a bar, with the worst relative residual."""
+    if not bar.disable:
+        bar.set_postfix(residual=f"{max(residuals):.1e}", refresh=False)
+        bar.update()
 
 
 def _check_fit(name: str, operator: RowProduct, b: Tensor) -> torch.dtype:

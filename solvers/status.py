@@ -36,8 +36,8 @@ MESSAGES = {
         "products limits it. Loosen `rtol`, run the operator in a wider dtype, or add damping."
     ),
     Code.NEGATIVE_CURVATURE: (
-        "a direction p with p'Ap <= 0, zero included, was met: the operator is not positive "
-        "definite, and the quadratic model has no minimiser. Add damping, use a Gauss-Newton or "
+        "a direction p was met along which p'Ap is negative, or zero to the rounding of the "
+        "products: the quadratic model has no minimiser there. Add damping, use a Gauss-Newton or "
         "Fisher metric, set `radius`, or solve with `minres`."
     ),
     Code.INDEFINITE: (

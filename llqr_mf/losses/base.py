@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llqr_mf.operators.output_curvature import OutputCurvature
 
-from .checks import plain
+from .checks import plain, widen
 
 
 class Loss(ABC):
@@ -87,6 +87,5 @@ class Loss(ABC):
         sum of g_n g_n' / count: for a sequence, g_n belongs to the loss of the whole sample,
         summed over its positions. The loss must not mix samples, apart from a normaliser.
         """
-        gradient = self.gradient(outputs, targets)
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        return self.count(outputs, targets) * wide.reshape(len(outputs), -1)
+        gradient = self.gradient(widen(outputs), targets)
+        return self.count(outputs, targets) * gradient.reshape(len(outputs), -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llqr_mf.operators.closure_curvature import ClosureCurvature
 
 from .base import Loss
-from .checks import check_device, check_outputs, plain, widen
+from .checks import check_device, check_outputs, check_scalar, plain, widen
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,7 @@ class CallableLoss(Loss):
         with torch.inference_mode(False), torch.enable_grad():
             point = plain(outputs).requires_grad_()
             value = self.value(point, plain(targets))
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
-            raise ValueError(
-                f"loss {self.fn!r} returned {kind}: it must return a scalar tensor, the mean "
-                "over the samples (reduction='mean')."
-            )
+        check_scalar("loss", self.fn, value)
         if not value.requires_grad:
             raise ValueError(
                 f"loss {self.fn!r} does not depend on the outputs through torch operations: do "

@@ -74,6 +74,16 @@ def check_float_targets(targets: Tensor) -> None:
         raise ValueError("targets hold entries that are NaN or infinite: clean the data.")
 
 
+def check_scalar(name: str, function: object, value: object) -> None:
+    """A user's function must return a mean, one number."""
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value)}"
+        raise ValueError(
+            f"{name} {function!r} returned {kind}: it must return a scalar tensor, the mean over "
+            "the samples (reduction='mean')."
+        )
+
+
 def check_generator(outputs: Tensor, samples: int, generator: torch.Generator) -> None:
     """Draws need a positive number and a generator on the outputs' device."""
     if samples < 1:

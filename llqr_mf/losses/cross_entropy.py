@@ -82,6 +82,11 @@ class CrossEntropy(Loss):
             check_float_targets(targets)
             if not bool((targets >= 0).all()):
                 raise ValueError("targets hold negative probabilities: give entries >= 0.")
+            if self.ignore_index >= 0:
+                raise ValueError(
+                    f"ignore_index is {self.ignore_index} and targets are probabilities, all of "
+                    "which count: leave ignore_index out, or pass class indices, targets.long()."
+                )
             return
         index = targets.long()
         counted = index != self.ignore_index

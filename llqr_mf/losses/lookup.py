@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from .callable import CallableLoss
 from .cross_entropy import CrossEntropy
 from .mse import MeanSquaredError
 
-LossSpec = str | Loss | nn.Module | Callable[[Tensor, Tensor], Tensor]
+LossSpec: TypeAlias = str | Loss | nn.Module | Callable[[Tensor, Tensor], Tensor]
 """What `get_loss` takes."""
 
 _NAMED: dict[str, type[Loss]] = {

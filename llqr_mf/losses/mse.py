@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,4 +69,4 @@ class MeanSquaredError(Loss):
             device=outputs.device,
             dtype=at_least_float32(outputs.dtype),
         )
-        return noise * (2 / width) ** 0.5
+        return noise * math.sqrt(2 / width)

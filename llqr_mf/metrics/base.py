@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from linear_operator import LinearOperator
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from llqr_mf.losses import Loss
 from llqr_mf.operators.output_curvature import OutputCurvature
 
-StateCostSpec = float | LinearOperator | Tensor
+StateCostSpec: TypeAlias = float | LinearOperator | Tensor
 """A cost on a layer's output: mu for (mu/N) I, or Q itself."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llqr_mf.losses import Loss
-from llqr_mf.losses.checks import plain, widen
+from llqr_mf.losses.checks import check_scalar, plain, widen
 from llqr_mf.operators.closure_curvature import ClosureCurvature
 
 from .base import Metric
@@ -56,12 +56,7 @@ class Divergence(Metric):
 
     def _value(self, outputs: Tensor, reference: Tensor) -> Tensor:
         value = self.fn(outputs, reference)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
-            raise ValueError(
-                f"divergence {self.fn!r} returned {kind}: it must return a scalar tensor, the mean "
-                "over the samples."
-            )
+        check_scalar("divergence", self.fn, value)
         return value
 
     def _check_finite(self, derivative: Tensor, name: str) -> None:

@@ -99,6 +99,12 @@ class NetworkStage:
                 buffer.copy_(part)
         return state, controls
 
+    def own_output(self) -> int | None:
+        """Which component of the next state this layer made last; None if all are carried."""
+        made = {i for bound in self.nodes for i in bound.outputs}
+        places = [place for place, i in enumerate(self.next_ids) if i in made]
+        return places[-1] if places else None
+
     def _no_state(self) -> Tangent:
         return tuple(None for _ in self.state_ids)
 

@@ -95,6 +95,9 @@ class Node(ABC):
     couples_batch: bool | None = None
     """Whether samples interact: False when surely not, None when unknown (it is then probed)."""
 
+    per_sample = False
+    """Whether outputs belong to samples though the batch is read as constants (tokens)."""
+
     def __init__(self, result: Any, inputs: Sequence[Slot]) -> None:
         self.result = result
         self.inputs = tuple(slot.id for slot in inputs)

@@ -19,6 +19,7 @@ class EmbeddingNode(Node):
     """
 
     couples_batch = False
+    per_sample = True
 
     def __init__(self, call: Call, tokens: Tensor, weight: Slot, padding: int | None) -> None:
         super().__init__(call.evaluate(), [weight])

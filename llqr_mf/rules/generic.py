@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..operators.tangent import is_plain
 from .base import Call, Curvature, Node, Tangents
 
 
@@ -121,6 +122,8 @@ def _grad(
     """vjp through a kept graph for k seeds at once; results have the leading axis too."""
     if not outputs or not inputs:
         return [None] * len(inputs)
+    # A graph of the result is wanted only by a caller who differentiates in the seeds.
+    create_graph = not all(is_plain(seed) for seed in seeds)
     k = len(seeds[0])
     if k == 1:
         results = torch.autograd.grad(
@@ -128,7 +131,7 @@ def _grad(
             inputs,
             [seed[0] for seed in seeds],
             retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
+            create_graph=create_graph,
             allow_unused=True,
         )
         return [None if g is None else g.unsqueeze(0) for g in results]
@@ -138,7 +141,7 @@ def _grad(
             inputs,
             list(seeds),
             retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
+            create_graph=create_graph,
             allow_unused=True,
             is_grads_batched=True,
         )

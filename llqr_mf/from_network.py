@@ -1,0 +1,140 @@
+"""A problem from a network: checks, one linearisation, costs from the metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from linear_operator import LinearOperator
+from linear_operator.operators import ConstantDiagLinearOperator
+from torch import Tensor
+
+from .damping import control_cost
+from .losses import get_loss
+from .metrics import get_metric
+from .network import Layer, Linearization, NetworkStage, build_stages, linearize, with_curvature
+from .network.checks import check_batch, check_layers, check_same_function
+from .operators import ControlCost, StateCost, System
+from .operators.apply import as_operator
+from .operators.tangent import Tangent
+from .problem import NetworkOrigin
+
+if TYPE_CHECKING:
+    from .problem import LQRProblem
+
+
+def network_problem(
+    cls: type[LQRProblem],
+    layers: Sequence[Layer],
+    inputs: Any,
+    targets: Tensor,
+    *,
+    loss: Any,
+    metric: Any,
+    damping: Any,
+    columns: int | None,
+    check: bool,
+) -> LQRProblem:
+    """Builds the problem; see `LQRProblem.from_network`."""
+    the_loss, the_metric = get_loss(loss), get_metric(metric)
+    check_layers(layers)
+    batch = inputs if isinstance(inputs, tuple) else (inputs,)
+    check_batch(layers[0].program.model, batch, targets)
+    # Whether second-order terms are needed shows only at the outputs, so they are kept if the
+    # metric overrides its costate.
+    second_order = _may_curve(the_metric)
+    linearization = linearize(layers, batch, second_order=second_order)
+    outputs = linearization.outputs
+    the_loss.check(outputs, targets)
+    if check:
+        check_same_function(layers[0].program, batch, outputs)
+    model = the_metric.cost_model(the_loss, outputs, targets)
+    parameters = dict(layers[0].program.model.named_parameters())
+    proto = outputs.new_empty(0, dtype=parameters[linearization.parameters[0]].dtype)
+    stages = build_stages(linearization, proto)
+    if model.costate is not None:
+        with torch.no_grad():
+            stages = with_curvature(stages, model.costate)
+    system = _system(linearization, stages, proto)
+    system = _with_costs(system, layers, model, len(outputs))
+    names = [layer.name for layer in layers]
+    system = replace(system, control_cost=control_cost(damping, system, names))
+    linear: list[Tangent] = [
+        tuple(None for _ in system.state_shapes(t)) for t in range(system.horizon)
+    ]
+    linear.append((the_loss.gradient(outputs, targets),))
+    origin = NetworkOrigin(
+        layers=tuple(layers),
+        loss=the_loss,
+        metric=the_metric,
+        outputs=outputs,
+        loss_value=the_loss.value(outputs, targets).detach(),
+        linearization=linearization,
+    )
+    return cls.__new__(cls)._assemble(
+        system, linearization.parameters, linear, None, None, origin, columns
+    )
+
+
+def _may_curve(metric: Any) -> bool:
+    from .metrics import Metric, StateCosts
+
+    if isinstance(metric, StateCosts):
+        return _may_curve(metric.base)
+    return type(metric).costate is not Metric.costate
+
+
+def _system(
+    linearization: Linearization, stages: Sequence[NetworkStage], proto: Tensor
+) -> System:
+    blocks = tuple(linearization.shapes[i] for i in range(len(linearization.parameters)))
+    return System(
+        stages=tuple(stages),
+        state_costs=((),) * (len(stages) + 1),
+        control_cost=ControlCost((), ()),
+        blocks=blocks,
+        owned=tuple(stage.control_ids for stage in stages),
+        proto=proto,
+    )
+
+
+def _with_costs(system: System, layers: Sequence[Layer], model: Any, samples: int) -> System:
+    costs: list[tuple[StateCost, ...]] = list(system.state_costs)
+    names = [layer.name for layer in layers]
+    for key, value in model.state_costs.items():
+        if isinstance(key, int) and key < len(layers):
+            t = key
+        elif key in names:
+            t = names.index(key)
+        else:
+            raise ValueError(f"the metric puts a cost on '{key}', which is no layer of {names}.")
+        stage = system.stages[t]
+        assert isinstance(stage, NetworkStage)
+        component = stage.own_output()
+        if component is None:
+            raise ValueError(
+                f"the metric puts a cost on layer '{names[t]}', whose output no later layer reads."
+            )
+        size = int(torch.Size(stage.next_state[component]).numel())
+        costs[t + 1] = (*costs[t + 1], StateCost(_state_cost(value, size, samples, system, key),
+                                                component))
+    if model.terminal is not None:
+        costs[-1] = (*costs[-1], StateCost(model.terminal))
+    return replace(system, state_costs=tuple(costs))
+
+
+def _state_cost(
+    value: float | LinearOperator | Tensor, size: int, samples: int, system: System, key: Any
+) -> LinearOperator:
+    if isinstance(value, int | float):
+        weight = system.proto.new_full((1,), value / samples)
+        return ConstantDiagLinearOperator(weight, diag_shape=size)
+    operator = as_operator(value)
+    if tuple(operator.shape) != (size, size):
+        raise ValueError(
+            f"the cost on layer '{key}' has shape {tuple(operator.shape)}, not ({size}, {size})."
+        )
+    return operator
+

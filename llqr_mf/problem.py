@@ -1,0 +1,421 @@
+"""The linear-quadratic problem: what `split` and a metric make of a network, or given matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from .operators import (
+    CondensedHessianOperator,
+    ControlHessianOperator,
+    ControlOperator,
+    CrossHessianOperator,
+    GainOperator,
+    OutputJacobianOperator,
+    StateHessianOperator,
+    System,
+    TransitionOperator,
+    ValueOperator,
+)
+from .operators.base import zero_operator
+from .operators.tangent import Tangent, size_of, to_rows
+from .solvers.cg import cg
+
+if TYPE_CHECKING:
+    from .losses import Loss
+    from .metrics import Metric
+    from .network import Layer, Linearization
+
+Given = LinearOperator | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkOrigin:
+    """Where a problem made from a network comes from.
+
+    Args:
+        layers: The layers of the split.
+        loss: The loss.
+        metric: The metric.
+        outputs: The network's outputs on the batch.
+        loss_value: The loss there, a mean.
+        linearization: The linearised calls of every layer.
+    """
+
+    layers: tuple[Layer, ...]
+    loss: Loss
+    metric: Metric
+    outputs: Tensor
+    loss_value: Tensor
+    linearization: Linearization
+
+
+class LQRProblem:
+    """Minimise over u the quadratic model of a step; design.md section 2.
+
+        sum_t 1/2 x'Q_t x + u'S_t x + 1/2 u'R_t u + q_t'x + r_t'u  +  1/2 x_T'Q_T x_T + q_T'x_T
+        x_{t+1} = A_t x_t + B_t u_t + f_t
+
+    Made from a network by `from_network`, or from given operators or dense tensors. All are
+    lazy; the flat control of a network follows `model.named_parameters()`, that of given
+    matrices is u_0, ..., u_{T-1} one after the other.
+
+    Args:
+        A: T operators (n_{t+1}, n_t).
+        B: T operators (n_{t+1}, m_t).
+        Q: T + 1 symmetric operators (n_t, n_t), None for zero. Default: all zero.
+        R: T symmetric operators (m_t, m_t), or numbers times the identity. Default: zero.
+        S: T operators (m_t, n_t), None for zero. Default: zero.
+        q: T + 1 vectors (n_t,), None for zero.
+        r: T vectors (m_t,), None for zero.
+        x0: First state (n_0,). Default: zero.
+        f: T vectors (n_{t+1},), None for zero.
+
+    Raises:
+        ValueError: Sizes, dtypes or devices do not fit, or nothing is linear or quadratic.
+    """
+
+    system: System
+    origin: NetworkOrigin | None
+
+    def __init__(
+        self,
+        *,
+        A: Sequence[Given],
+        B: Sequence[Given],
+        Q: Sequence[Given | None] | None = None,
+        R: Sequence[Given | float] | None = None,
+        S: Sequence[Given | None] | None = None,
+        q: Sequence[Tensor | None] | None = None,
+        r: Sequence[Tensor | None] | None = None,
+        x0: Tensor | None = None,
+        f: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        from .given import system_from_operators
+
+        system, linear, controls, first = system_from_operators(A, B, Q, R, S, q, r, x0, f)
+        names = tuple(f"u{t}" for t in range(len(A)))
+        self._assemble(system, names, linear, controls, first)
+
+    @classmethod
+    def from_network(
+        cls,
+        layers: Sequence[Layer],
+        inputs: Any,
+        targets: Tensor,
+        *,
+        loss: Any,
+        metric: Any = "gauss_newton",
+        damping: Any = 1e-3,
+        columns: int | None = None,
+        check: bool = True,
+    ) -> LQRProblem:
+        """The problem whose solution is the steepest-descent step of a network's loss.
+
+        The network runs once, in curvature mode: attention by the MATH backend, BatchNorm
+        statistics and the random state untouched, dropout masks those of the model's own next
+        forward pass. The gradient is that of the mean loss, the curvature that of the mean
+        divergence.
+
+        Args:
+            layers: All layers of `split(model)`.
+            inputs: One batch, samples first; a tuple of tensors for several inputs.
+            targets: What the loss compares with.
+            loss: "cross_entropy", "mse", "bce_with_logits", a loss module or `Loss`, or a callable
+                (outputs, targets) that is a mean over samples.
+            metric: "gauss_newton", "newton", "fisher", "fisher_mc", "empirical_fisher", "kl",
+                "reverse_kl", "renyi", "squared_error", or a `Metric`.
+            damping: R_t: a number (times I), one number or operator per layer (a sequence of
+                length T, or a mapping from layer names), or one operator (P, P).
+            columns: Most columns multiplied in one pass; each costs one tangent of all
+                activations. None: no limit.
+            check: Whether the model is run once more, to see that it is deterministic and that
+                the layers compute what it does.
+
+        Raises:
+            ValueError: Something about the batch, the model or an option is wrong; the message
+                names it and the remedy. Nothing has been changed by then.
+        """
+        from .from_network import network_problem
+
+        return network_problem(
+            cls,
+            *(layers, inputs, targets),
+            loss=loss,
+            metric=metric,
+            damping=damping,
+            columns=columns,
+            check=check,
+        )
+
+    def _assemble(
+        self,
+        system: System,
+        names: Sequence[str],
+        linear: Sequence[Tangent],
+        controls: Tensor | None,
+        first: Tangent | None,
+        origin: NetworkOrigin | None = None,
+        columns: int | None = None,
+    ) -> LQRProblem:
+        """Fills the problem in; linear terms are on states (no column axis) and flat controls."""
+        self.system, self.names, self.origin = system, tuple(names), origin
+        self._linear, self._controls, self._first = tuple(linear), controls, first
+        self._columns = columns
+        return self
+
+    # ---- sizes and the flat layout
+
+    @property
+    def horizon(self) -> int:
+        """T, the number of layers."""
+        return self.system.horizon
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of steps and products."""
+        return self.system.proto.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of steps and products."""
+        return self.system.proto.device
+
+    @property
+    def size(self) -> int:
+        """P, the length of a flat step."""
+        return self.system.control_size
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parts of a flat step (P,) by parameter name, in the parameters' shapes (views)."""
+        if flat.shape != (self.size,):
+            raise ValueError(f"a flat step has shape ({self.size},), not {tuple(flat.shape)}.")
+        parts = self.system.split_control(flat.unsqueeze(0))
+        return {name: part[0] for name, part in zip(self.names, parts, strict=True)}
+
+    def flatten(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The flat step (P,) of parts by parameter name."""
+        missing = [name for name in self.names if name not in parts]
+        if missing:
+            raise ValueError(f"the part '{missing[0]}' is missing: the step has {self.names}.")
+        return torch.cat([parts[name].reshape(-1) for name in self.names])
+
+    # ---- operators
+
+    @cached_property
+    def A(self) -> tuple[LinearOperator, ...]:
+        """A_t, the layers' derivatives in their state; shape (n_{t+1}, n_t)."""
+        return tuple(
+            TransitionOperator(self.system.proto, stage=stage, columns=self._columns)
+            for stage in self.system.stages
+        )
+
+    @cached_property
+    def B(self) -> tuple[LinearOperator, ...]:
+        """B_t, the layers' derivatives in their parameters; shape (n_{t+1}, m_t)."""
+        return tuple(
+            ControlOperator(self.system.proto, stage=stage, columns=self._columns)
+            for stage in self.system.stages
+        )
+
+    @cached_property
+    def Q(self) -> tuple[LinearOperator, ...]:
+        """Q_0..Q_T, the costs of the states; shape (n_t, n_t)."""
+        return tuple(self._state_hessian(t) for t in range(self.horizon + 1))
+
+    @cached_property
+    def R(self) -> tuple[LinearOperator, ...]:
+        """R_t, the costs of the controls, damping included; shape (m_t, m_t)."""
+        system = self.system
+        made = []
+        for stage, owned in zip(system.stages, system.owned, strict=True):
+            cost = system.control_cost.restrict(owned)
+            if stage.curved:
+                made.append(ControlHessianOperator(system.proto, stage=stage, cost=cost))
+            else:
+                made.append(cost.operator(system.proto))
+        return tuple(made)
+
+    @cached_property
+    def S(self) -> tuple[LinearOperator, ...]:
+        """S_t with the cost u'S_t x; shape (m_t, n_t)."""
+        proto = self.system.proto
+        return tuple(
+            CrossHessianOperator(proto, stage=stage, columns=self._columns)
+            if stage.curved
+            else zero_operator(size_of(stage.controls), size_of(stage.state), proto)
+            for stage in self.system.stages
+        )
+
+    @cached_property
+    def q(self) -> tuple[Tensor, ...]:
+        """q_0..q_T, the linear costs of the states, flat."""
+        return tuple(self._flat_state(part, t) for t, part in enumerate(self._linear))
+
+    @cached_property
+    def r(self) -> tuple[Tensor, ...]:
+        """r_t, the linear costs of the controls, flat."""
+        flat = self._zeros(self.size) if self._controls is None else self._controls
+        parts = [part.reshape(-1) for part in self.system.split_control(flat.unsqueeze(0))]
+        return tuple(
+            torch.cat([self._zeros(0), *(parts[i] for i in owned)]) for owned in self.system.owned
+        )
+
+    @cached_property
+    def f(self) -> tuple[Tensor, ...]:
+        """f_t, the dynamics' constant terms, flat."""
+        given = self.system.affine or (None,) * self.horizon
+        return tuple(
+            self._zeros(size_of(stage.next_state)) if f is None else f
+            for f, stage in zip(given, self.system.stages, strict=True)
+        )
+
+    @property
+    def x0(self) -> Tensor:
+        """The first state, flat."""
+        if self._first is None:
+            return self._zeros(size_of(self.system.state_shapes(0)))
+        return to_rows(self._first, self.system.state_shapes(0), self.system.proto, 1)[0]
+
+    @cached_property
+    def hessian(self) -> CondensedHessianOperator:
+        """H, the Hessian in the flat control with R included; shape (P, P)."""
+        return CondensedHessianOperator(
+            self.system.proto, system=self.system, columns=self._columns
+        )
+
+    @cached_property
+    def output_jacobian(self) -> OutputJacobianOperator:
+        """J, the derivative of the last state in the flat control; shape (n_T, P)."""
+        return OutputJacobianOperator(
+            self.system.proto, system=self.system, columns=self._columns
+        )
+
+    def value(
+        self, t: int, *, rtol: float | None = None, max_iterations: int | None = None
+    ) -> LinearOperator:
+        """P_t, the matrix of the least cost from layer t on; shape (n_t, n_t), lazy.
+
+        A product is one CG on the tail problem and one adjoint sweep.
+
+        Args:
+            t: 0..T.
+            rtol: Tolerance of that CG. Default: 1e-12 in float64, 1e-6 otherwise.
+            max_iterations: Its limit.
+        """
+        if not 0 <= t <= self.horizon:
+            raise ValueError(f"time {t} is outside of 0..{self.horizon}.")
+        if t == self.horizon:
+            return self.Q[t]
+        return ValueOperator(self.system.proto, **self._tail(t, rtol, max_iterations))
+
+    def gain(
+        self, t: int, *, rtol: float | None = None, max_iterations: int | None = None
+    ) -> LinearOperator:
+        """K_t in u_t = K_t x_t + k_t; shape (m_t, n_t), lazy.
+
+        Args:
+            t: 0..T-1.
+            rtol: Tolerance of the tail CG. Default: 1e-12 in float64, 1e-6 otherwise.
+            max_iterations: Its limit.
+        """
+        if not 0 <= t < self.horizon:
+            raise ValueError(f"time {t} is outside of 0..{self.horizon - 1}.")
+        return GainOperator(self.system.proto, **self._tail(t, rtol, max_iterations))
+
+    # ---- the objective
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Gradient of the objective at u = 0, flat (P,); for a network, that of the mean loss."""
+        system = self.system
+        with torch.no_grad():
+            trajectory = system.rollout(None, self._first, with_affine=True)
+            zero: Tangent = tuple(None for _ in system.state_shapes(system.horizon))
+            out = system.proto.new_empty(1, self.size)
+            linear = [
+                tuple(None if part is None else part.unsqueeze(0) for part in parts)
+                for parts in self._linear
+            ]
+            system.adjoint(zero, trajectory, linear=linear, out=out)
+        return out[0] if self._controls is None else out[0] + self._controls
+
+    @cached_property
+    def constant(self) -> Tensor:
+        """The objective at u = 0; zero for a network."""
+        total = self._zeros(())
+        if self._first is None and not self.system.affine:
+            return total
+        x = self.x0
+        for t in range(self.horizon + 1):
+            total = total + x @ (self.Q[t] @ x) / 2 + self.q[t] @ x
+            if t < self.horizon:
+                x = self.A[t] @ x + self.f[t]
+        return total
+
+    def objective(self, u: Tensor) -> Tensor:
+        """The model's value at a flat step (P,), a scalar, or at columns (P, k), shape (k,).
+
+        Zero at u = 0 for a network: the predicted change of the mean loss.
+        """
+        with torch.no_grad():
+            curved = self.hessian @ u
+            linear = self.gradient if u.ndim == 1 else self.gradient.unsqueeze(1)
+            return self.constant + (u * (curved / 2 + linear)).sum(0)
+
+    def with_damping(self, damping: Any) -> LQRProblem:
+        """The same problem, linearisation shared, with another damping (see `from_network`)."""
+        from .damping import control_cost
+
+        names = None if self.origin is None else [layer.name for layer in self.origin.layers]
+        system = replace(self.system, control_cost=control_cost(damping, self.system, names))
+        other = LQRProblem.__new__(LQRProblem)
+        other._assemble(
+            *(system, self.names, self._linear, self._controls, self._first, self.origin),
+            self._columns,
+        )
+        if "gradient" in self.__dict__:
+            other.__dict__["gradient"] = self.gradient
+        return other
+
+    # ---- helpers
+
+    def _state_hessian(self, t: int) -> LinearOperator:
+        system = self.system
+        stage = system.stages[t] if t < self.horizon else None
+        costs, shapes = system.state_costs[t], system.state_shapes(t)
+        if (stage is None or not stage.curved) and not costs:
+            return zero_operator(size_of(shapes), size_of(shapes), system.proto)
+        if (stage is None or not stage.curved) and len(costs) == 1 and costs[0].component is None:
+            return costs[0].operator
+        return StateHessianOperator(
+            system.proto, stage=stage, costs=costs, shapes=shapes, columns=self._columns
+        )
+
+    def _flat_state(self, part: Tangent, t: int) -> Tensor:
+        rows = tuple(None if p is None else p.unsqueeze(0) for p in part)
+        return to_rows(rows, self.system.state_shapes(t), self.system.proto, 1)[0]
+
+    def _zeros(self, *size: Any) -> Tensor:
+        return self.system.proto.new_zeros(*size)
+
+    def _tail(self, t: int, rtol: float | None, max_iterations: int | None) -> dict[str, Any]:
+        system, _ = self.system.tail(t)
+        tolerance = rtol or (1e-12 if self.dtype == torch.float64 else 1e-6)
+
+        def solve(tail: System, b: Tensor) -> Tensor:
+            if b.shape[1] == 0:
+                return b
+            result = cg(
+                tail.condensed_product, b.mT, rtol=tolerance, max_iterations=max_iterations
+            )
+            return result.x.mT
+
+        return {"system": system, "solve": solve, "columns": self._columns}
+

@@ -1,0 +1,39 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from .solvers.status import Status
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A step, how it was found and how good it is.
+
+    Args:
+        step: u, flat (P,), or (P, k) for several right-hand sides.
+        iterations: CG iterations, 0 for a direct method.
+        residual_norm: True relative residual |H u + g| / |g| at exit, the worst column's.
+        status: How it ended, with a message; `status.ok` where the step is what was asked for.
+        model_decrease: -(g'u + 1/2 u'Hu): how much the model falls, in units of the mean loss.
+        method: The method that ran.
+        products: Condensed products spent (a rollout and an adjoint sweep each).
+        values: P_t, t = 0..T, where the method finds them (riccati, low_rank).
+        gains: K_t, t = 0..T-1, likewise.
+        direction: A direction of negative curvature, where asked for and met.
+    """
+
+    step: Tensor
+    iterations: int
+    residual_norm: float
+    status: Status
+    model_decrease: Tensor
+    method: str
+    products: int
+    values: tuple[LinearOperator, ...] | None = None
+    gains: tuple[LinearOperator, ...] | None = None
+    direction: Tensor | None = None

@@ -1,0 +1,388 @@
+"""`solve`: one problem, several exact methods, one answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from linear_operator.operators import DenseLinearOperator
+from torch import Tensor
+
+from .gram import closed_form_gram, samples_are_apart, terminal_factor
+from .operators.apply import apply_rows
+from .operators.outer_curvature import OuterCurvature
+from .operators.output_curvature import OutputCurvature
+from .operators.tangent import size_of
+from .problem import LQRProblem
+from .solution import Solution
+from .solvers.cg import cg
+from .solvers.dual import Dual, gram_by_products
+from .solvers.low_rank import low_rank
+from .solvers.minres import minres
+from .solvers.riccati import riccati
+from .solvers.status import Code, Status
+
+Method = Literal["auto", "cg", "minres", "dual", "low_rank", "riccati"]
+
+DUAL_SIZE = 4096
+"""Largest N r whose Gram matrix is factored (`auto` and `dual`)."""
+
+GRAM_BY_PRODUCTS = 1024
+"""Largest N r whose Gram matrix is formed by products when it has no closed form."""
+
+DENSE_SIZE = 6000
+"""Largest state or control that the dense Riccati recursion accepts."""
+
+AUTO_DENSE = 256
+"""Given matrices up to this size are solved densely by `auto`."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    rtol: float
+    max_iterations: int | None
+    preconditioner: Any
+    initial: Tensor | None
+    radius: float | None
+    on_negative_curvature: Any
+    recurrence_dtype: torch.dtype | None
+    flexible: bool
+    progress: bool
+    given_rhs: bool
+
+
+def solve(
+    problem: LQRProblem,
+    method: Method = "auto",
+    *,
+    rtol: float = 1e-6,
+    max_iterations: int | None = None,
+    preconditioner: Any = None,
+    initial: Tensor | None = None,
+    rhs: Tensor | None = None,
+    radius: float | None = None,
+    on_negative_curvature: Literal["truncate", "direction", "raise"] = "truncate",
+    recurrence_dtype: torch.dtype | None = None,
+    flexible: bool = False,
+    progress: bool = False,
+) -> Solution:
+    """Solves H u = -g exactly.
+
+    | method | needs | cost |
+    |---|---|---|
+    | cg | nothing | one condensed product per iteration; O(1) memory beyond activations |
+    | minres | nothing | as cg; for an indefinite H, where cg stops |
+    | dual | terminal cost with a factor, damping > 0 | closed form: a few gradients, N r <= 4096 |
+    | low_rank | costs with factors, damping > 0 | N r columns through every layer |
+    | riccati | small sizes | dense float64: the oracle, with all values and gains |
+
+    `auto` takes dual where its Gram matrix has a closed form and N r <= 4096, riccati for small
+    given matrices, and else cg; the status says which and why.
+
+    Args:
+        problem: From a network or from matrices.
+        method: Which.
+        rtol: Wanted true relative residual |H u + g| / |g|, per column.
+        max_iterations: Limit of the iterative methods.
+        preconditioner: For cg and minres: an operator (P, P), or a function of rows (k, P), that
+            approximates H^{-1} and is positive definite.
+        initial: For cg: where to start, of the step's shape (the last step, scaled, is a good
+            warm start).
+        rhs: Right-hand sides (P,) or (P, k) in place of -g.
+        radius: For cg: trust region |u| <= radius (Steihaug).
+        on_negative_curvature: For cg: stop there ("truncate"), also return the direction, or
+            raise.
+        recurrence_dtype: For cg and minres: dtype of the vectors; None takes float64 while the
+            block is small.
+        flexible: For cg: for a preconditioner that changes between calls.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The step with its true residual and status.
+
+    Raises:
+        ValueError: The method does not apply, and the message says which does.
+    """
+    _check_right_hand_side(problem, rhs)
+    b = -problem.gradient if rhs is None else rhs
+    options = _Options(
+        *(rtol, max_iterations, preconditioner, initial, radius),
+        *(on_negative_curvature, recurrence_dtype, flexible, progress, rhs is not None),
+    )
+    reason = ""
+    if method == "auto":
+        method, reason = _choose(problem, options)
+    solvers = {
+        "cg": _cg,
+        "minres": _minres,
+        "dual": _dual,
+        "low_rank": _low_rank,
+        "riccati": _riccati,
+    }
+    if method not in solvers:
+        raise ValueError(f"method '{method}' is unknown: choose one of {['auto', *solvers]}.")
+    krylov_only = {
+        "preconditioner": preconditioner is not None and method not in ("cg", "minres"),
+        "initial": initial is not None and method != "cg",
+        "radius": radius is not None and method != "cg",
+    }
+    for name, misplaced in krylov_only.items():
+        if misplaced:
+            raise ValueError(f"`{name}` does not go with method='{method}': use method='cg'.")
+    with torch.no_grad():
+        found = solvers[method](problem, b, options)
+        return _solution(problem, b, method, reason, found)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a method found: the step in the shape of b, and the rest of a `Solution`."""
+
+    step: Tensor
+    status: Status
+    iterations: int = 0
+    products: int = 0
+    extra: dict[str, Any] | None = None
+
+
+def _solution(
+    problem: LQRProblem, b: Tensor, method: str, reason: str, found: _Found
+) -> Solution:
+    """Measures what was found: the true residual, and the model's decrease from it."""
+    u = found.step
+    curved = problem.hessian @ u
+    wide = b.double() - curved.double()
+    norm = b.double().norm(dim=0)
+    residual = torch.where(norm > 0, wide.norm(dim=0) / norm, wide.norm(dim=0))
+    decrease = (u.double() * (b.double() - curved.double() / 2)).sum(0).to(b.dtype)
+    status = found.status
+    if reason:
+        status = Status(status.code, f"auto chose {method}: {reason}. {status.message}")
+    return Solution(
+        step=u,
+        iterations=found.iterations,
+        residual_norm=float(residual.max()),
+        status=status,
+        model_decrease=decrease,
+        method=method,
+        products=found.products + 1,
+        **(found.extra or {}),
+    )
+
+
+def _check_right_hand_side(problem: LQRProblem, rhs: Tensor | None) -> None:
+    if rhs is not None and (rhs.ndim not in (1, 2) or rhs.shape[0] != problem.size):
+        raise ValueError(
+            f"rhs has shape {tuple(rhs.shape)}: give ({problem.size},) or ({problem.size}, k)."
+        )
+
+
+def _choose(problem: LQRProblem, options: _Options) -> tuple[str, str]:
+    if options.radius is not None or options.preconditioner is not None:
+        return "cg", "a trust region or a preconditioner was given"
+    if options.initial is not None:
+        return "cg", "a warm start was given"
+    if problem.origin is None:
+        largest = max(
+            max(size_of(s.state), size_of(s.next_state), size_of(s.controls))
+            for s in problem.system.stages
+        )
+        if largest <= AUTO_DENSE:
+            return "riccati", f"the matrices are small (at most {largest})"
+        return "cg", f"the matrices are large ({largest})"
+    factor = terminal_factor(problem)
+    if factor is None:
+        return "cg", "the costs are not one terminal cost with a known factor"
+    size = factor.samples * (factor.rank or 0)
+    if size > DUAL_SIZE:
+        return "cg", f"the Gram matrix would have N r = {size} > {DUAL_SIZE} rows"
+    damping = problem.system.control_cost.block_values
+    if damping is None or min(damping) <= 0:
+        return "cg", "damping is an operator, or not positive on every layer"
+    if not samples_are_apart(problem):
+        return "cg", "a layer mixes samples or shares a weight, so the Gram matrix is not cheap"
+    return "dual", f"the Gram matrix has a closed form with N r = {size} rows"
+
+
+def _rows(b: Tensor) -> Tensor:
+    return b.reshape(1, -1) if b.ndim == 1 else b.mT
+
+
+def _like(rows: Tensor, b: Tensor) -> Tensor:
+    return rows[0] if b.ndim == 1 else rows.mT
+
+
+def _cg(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+    result = cg(
+        problem.hessian,
+        b,
+        preconditioner=options.preconditioner,
+        initial=options.initial,
+        rtol=options.rtol,
+        max_iterations=options.max_iterations,
+        radius=options.radius,
+        on_negative_curvature=options.on_negative_curvature,
+        recurrence_dtype=options.recurrence_dtype,
+        flexible=options.flexible,
+        progress=options.progress,
+    )
+    extra = {"direction": result.direction}
+    return _Found(result.x, result.status, result.iterations, result.products, extra)
+
+
+def _minres(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+    result = minres(
+        problem.hessian,
+        b,
+        preconditioner=options.preconditioner,
+        rtol=options.rtol,
+        max_iterations=options.max_iterations,
+        recurrence_dtype=options.recurrence_dtype,
+        progress=options.progress,
+    )
+    return _Found(result.x, result.status, result.iterations, result.products)
+
+
+def _dual(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+    factor = _factor(problem)
+    size = (factor.rank or 0) * factor.samples
+    gram, how = None, "without a Gram matrix (N r is too large): matrix-free dual CG"
+    if size <= DUAL_SIZE:
+        gram, how = closed_form_gram(problem), "Gram matrix in closed form"
+    if gram is None and size <= GRAM_BY_PRODUCTS:
+        gram, how = gram_by_products(problem.system, factor), "Gram matrix by products"
+    result = Dual(problem.system, factor, gram).solve(
+        _rows(b),
+        rtol=options.rtol,
+        max_iterations=options.max_iterations,
+        progress=options.progress,
+    )
+    status = Status(result.status.code, f"{result.status.message} ({how}, N r = {size}.)")
+    return _Found(_like(result.u, b), status, result.iterations, result.products)
+
+
+def _low_rank(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+    system = problem.system
+    factors = [
+        _state_factor(problem, t) if system.state_costs[t] else None
+        for t in range(problem.horizon + 1)
+    ]
+    terminal = factors[-1]
+    if terminal is None:
+        terminal = system.proto.new_zeros(0, size_of(system.state_shapes(problem.horizon)))
+    result = low_rank(system, terminal, factors[:-1])
+    u = result.solve(_rows(b), system)
+    for _ in range(2):  # refinement, which float32 sweeps need
+        residual = _rows(b) - system.condensed_product(u)
+        worst = float((residual.norm(dim=1) / _rows(b).norm(dim=1).clamp_min(1e-300)).max())
+        if worst <= options.rtol or not math.isfinite(worst):
+            break
+        u = u + result.solve(residual, system)
+    values = tuple(result.value(t) for t in range(problem.horizon + 1))
+    gains = tuple(result.gain(t) for t in range(problem.horizon))
+    rank = max(len(factor) for factor in result.factors)
+    status = Status(Code.CONVERGED, f"One backward sweep of factors of rank at most {rank}.")
+    return _Found(_like(u, b), status, extra={"values": values, "gains": gains})
+
+
+def _riccati(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+    system = problem.system
+    largest = max(
+        max(size_of(s.state), size_of(s.next_state), size_of(s.controls)) for s in system.stages
+    )
+    if largest > DENSE_SIZE:
+        raise ValueError(
+            f"the dense Riccati recursion would form matrices of size {largest} > {DENSE_SIZE}: "
+            "use method='cg' or 'dual'."
+        )
+    steps = []
+    result = None
+    A, B, Q, R, S = (
+        [operator.to_dense() for operator in operators]
+        for operators in (problem.A, problem.B, problem.Q, problem.R, problem.S)
+    )
+    for column in _rows(b).double():
+        q, r, f, x0 = problem.q, problem.r, problem.f, problem.x0
+        if options.given_rhs:
+            # A right-hand side is a linear cost of the controls, in place of all other such terms.
+            q, f = ([torch.zeros_like(part) for part in parts] for parts in (q, f))
+            pieces = system.split_control(-column.unsqueeze(0))
+            empty = column.new_zeros(0)
+            r = [torch.cat([empty, *(pieces[i].reshape(-1) for i in o)]) for o in system.owned]
+            x0 = torch.zeros_like(x0)
+        result = riccati(A, B, Q, R, S, q, r, f, x0)
+        steps.append(_flat(problem, result.controls))
+    assert result is not None
+    extra = {
+        "values": tuple(DenseLinearOperator(P) for P in result.values),
+        "gains": tuple(DenseLinearOperator(K) for K in result.gains),
+    }
+    u = torch.stack(steps).to(problem.dtype)
+    return _Found(_like(u, b), result.status, extra=extra)
+
+
+def _flat(problem: LQRProblem, controls: tuple[Tensor, ...]) -> Tensor:
+    """Controls per stage as one flat step in the order of the blocks."""
+    system = problem.system
+    parts: dict[int, Tensor] = {}
+    for owned, u in zip(system.owned, controls, strict=True):
+        pieces = u.split([system.sizes[i] for i in owned]) if owned else ()
+        parts.update(zip(owned, pieces, strict=True))
+    return torch.cat([parts[i] for i in range(len(system.blocks))])
+
+
+def _factor(problem: LQRProblem) -> OutputCurvature:
+    """Q_T with a factor: its own, or that of the dense matrix if it is small."""
+    factor = terminal_factor(problem)
+    if factor is not None:
+        return factor
+    system = problem.system
+    costs = system.state_costs[-1]
+    if system.curved or len(costs) != 1 or problem.Q[-1].shape[0] > DUAL_SIZE:
+        raise ValueError(
+            "method='dual' needs a terminal cost alone, with a known factor or small enough to "
+            f"factor (at most {DUAL_SIZE}): here there are costs on other layers, second-order "
+            "terms or a larger cost; use method='cg'."
+        )
+    rows = _dense_factor(problem, problem.horizon)
+    return OuterCurvature(system.proto, vectors=rows.mT.unsqueeze(0).contiguous())
+
+
+def _state_factor(problem: LQRProblem, t: int) -> Tensor:
+    """Rows F with F'F = Q_t."""
+    if t == problem.horizon:
+        factor = terminal_factor(problem)
+        if factor is not None and factor.rank is not None:
+            size = factor.rank * factor.samples
+            if size > DUAL_SIZE:
+                raise ValueError(
+                    f"method='low_rank' would carry N r = {size} > {DUAL_SIZE} columns: use "
+                    "method='cg'."
+                )
+            eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+            return factor.factor(eye.reshape(size, factor.rank, factor.samples))
+    return _dense_factor(problem, t)
+
+
+def _dense_factor(problem: LQRProblem, t: int) -> Tensor:
+    operator = problem.Q[t]
+    n = operator.shape[0]
+    if n > DUAL_SIZE:
+        raise ValueError(
+            f"Q[{t}] has no known factor and is too large ({n}) to be factored densely: use "
+            "method='cg'."
+        )
+    eye = torch.eye(n, dtype=problem.dtype, device=problem.device)
+    dense = apply_rows(operator, eye).double()
+    eigenvalues, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
+    largest = eigenvalues.abs().max() if n else eigenvalues.sum()
+    rounding = largest * n * torch.finfo(problem.dtype).eps
+    if n and float(eigenvalues[0]) < -float(rounding):
+        raise ValueError(
+            f"Q[{t}] is indefinite (least eigenvalue {float(eigenvalues[0]):.3g}), so it has no "
+            "factor: use method='cg' or 'riccati'."
+        )
+    kept = eigenvalues > rounding
+    return (vectors[:, kept] * eigenvalues[kept].sqrt()).mT.to(problem.dtype)

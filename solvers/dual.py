@@ -1,0 +1,180 @@
+"""The exact step through the output space, for very wide layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..operators.system import System
+from ..operators.tangent import from_rows
+from .cg import cg
+from .status import Code, Status
+
+GRAM_PASS = 32
+"""Columns per pass when the Gram matrix is formed by products."""
+
+
+class Factor(Protocol):
+    """Q_T = L L', with L block diagonal over samples."""
+
+    samples: int
+    rank: int | None
+
+    def factor(self, z: Tensor) -> Tensor:
+        """L z, (k, r, N) to (k, n_T)."""
+
+    def factor_t(self, v: Tensor) -> Tensor:
+        """L' v, (k, n_T) to (k, r, N)."""
+
+
+@dataclass(frozen=True)
+class DualResult:
+    """A solution found in the output space.
+
+    Args:
+        u: Rows (k, P).
+        iterations: CG iterations in the output space.
+        residual_norm: True relative residual of the condensed equations, per row.
+        products: Condensed products spent, counting a rollout with an adjoint as one.
+        status: How it ended.
+    """
+
+    u: Tensor
+    iterations: int
+    residual_norm: Tensor
+    products: int
+    status: Status
+
+
+class Dual:
+    """(I + G) y = h with G = L'J R^{-1} J'L; design.md section 2, fact 3.
+
+    For H = J'LL'J + R and a right-hand side b, the solution is u = R^{-1}(b - J'L y) with
+    (I + G) y = L'J R^{-1} b. Everything of size N r is in float64; the Cholesky factor of I + G
+    preconditions CG on the true products, so that the rounding of a float32 Gram matrix costs an
+    iteration or two, not accuracy. Without a Gram matrix this is matrix-free dual CG.
+
+    Args:
+        system: Terminal cost only.
+        factor: L.
+        gram: G, shape (r N, r N) with index j N + n, or None.
+    """
+
+    def __init__(self, system: System, factor: Factor, gram: Tensor | None) -> None:
+        if system.curved:
+            raise ValueError(
+                "the dual solve needs a terminal cost alone: this problem has costs on other "
+                "layers or second-order terms; use method='cg'."
+            )
+        assert factor.rank is not None
+        self.system, self.factor = system, factor
+        self.shape = (factor.rank, factor.samples)
+        self._cholesky = None if gram is None else _safe_cholesky(gram)
+
+    def solve(
+        self, b: Tensor, *, rtol: float, max_iterations: int | None, progress: bool = False
+    ) -> DualResult:
+        """H u = b for rows b of shape (k, P), to a relative residual of rtol.
+
+        Args:
+            b: Right-hand sides.
+            rtol: Wanted true relative residual.
+            max_iterations: Most CG iterations in all.
+            progress: Whether to show a progress bar.
+        """
+        system = self.system
+        start = system.control_cost.inverse_product(b)
+        h = self._observe(start)
+        y = torch.zeros_like(h)
+        norm = b.double().norm(dim=1)
+        limit = h.shape[1] if max_iterations is None else max_iterations
+        iterations, products, tolerance = 0, 1, rtol
+        u, residual = start, torch.full_like(norm, float("inf"))
+        code, message = Code.STAGNATED, ""
+        while True:
+            inner = cg(
+                self._matrix,
+                h.mT,
+                preconditioner=self._precondition if self._cholesky is not None else None,
+                initial=y.mT,
+                rtol=tolerance,
+                max_iterations=max(1, limit - iterations),
+                recurrence_dtype=torch.float64,
+                progress=progress,
+            )
+            y = inner.x.mT.reshape(h.shape)
+            iterations, products = iterations + inner.iterations, products + inner.products
+            u = self._controls(start, y)
+            before = residual
+            residual = (b.double() - system.condensed_product(u).double()).norm(dim=1)
+            residual = torch.where(norm > 0, residual / norm, residual)
+            products += 2
+            worst = float(residual.max())
+            if worst <= rtol:
+                code = Code.CONVERGED
+                message = f"Exact dual solve, {iterations} CG iterations in the output space."
+                break
+            if not worst < float("inf"):
+                code, message = Code.NOT_FINITE, "A product was not finite: look at the inputs."
+                break
+            if iterations >= limit:
+                code = Code.MAX_ITERATIONS
+                message = "Raise max_iterations, or the damping."
+                break
+            if worst > 0.5 * float(before.max()):
+                message = (
+                    f"The residual stays at {worst:.2e}, which the precision of the products "
+                    "limits: use float64 parameters, more damping or a larger rtol."
+                )
+                break
+            tolerance = max(tolerance * min(0.5 * rtol / worst, 0.1), 1e-15)
+        return DualResult(u, iterations, residual, products, Status(code, message))
+
+    def _observe(self, u: Tensor) -> Tensor:
+        """L'J u as float64 rows (k, r N)."""
+        flat = self.system.output_product(u)
+        return self.factor.factor_t(flat).reshape(len(u), -1).double()
+
+    def _controls(self, start: Tensor, y: Tensor) -> Tensor:
+        """Start - R^{-1} J'L y."""
+        return start.sub(self._spread(y))
+
+    def _spread(self, y: Tensor) -> Tensor:
+        """R^{-1} J'L y, float64 rows (k, r N) to rows (k, P)."""
+        system = self.system
+        z = y.reshape(len(y), *self.shape).to(system.proto.dtype)
+        costate = from_rows(self.factor.factor(z), system.state_shapes(system.horizon))
+        return system.control_cost.inverse_product(system.output_product_t(costate, len(y)))
+
+    def _matrix(self, y: Tensor) -> Tensor:
+        """(I + G) y by products."""
+        return y + self._observe(self._spread(y))
+
+    def _precondition(self, y: Tensor) -> Tensor:
+        assert self._cholesky is not None
+        return torch.cholesky_solve(y.double().mT, self._cholesky).mT
+
+
+def gram_by_products(system: System, factor: Factor) -> Tensor:
+    """G = L'J R^{-1} J'L column by column, `GRAM_PASS` at a time, for any network and any R."""
+    dual = Dual(system, factor, None)
+    size = dual.shape[0] * dual.shape[1]
+    eye = torch.eye(size, dtype=torch.float64, device=system.proto.device)
+    rows = [dual._observe(dual._spread(part)) for part in eye.split(GRAM_PASS)]
+    gram = torch.cat(rows)
+    return (gram + gram.mT) / 2
+
+
+def _safe_cholesky(gram: Tensor) -> Tensor:
+    """Cholesky factor of I + G in float64, with G's rounding-made negative part taken off."""
+    matrix = gram.double().clone()
+    matrix.diagonal().add_(1)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return factor
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    repaired = (vectors * eigenvalues.clamp(min=1.0)) @ vectors.mT
+    return torch.linalg.cholesky(repaired)
