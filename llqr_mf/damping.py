@@ -10,7 +10,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from .operators import ControlCost, System
-from .operators.apply import as_operator
+from .operators.apply import checked_operator
 
 
 def control_cost(damping: Any, system: System, names: Sequence[str] | None) -> ControlCost:
@@ -32,10 +32,13 @@ def control_cost(damping: Any, system: System, names: Sequence[str] | None) -> C
         if isinstance(damping, Tensor) and damping.numel() == 1:
             return ControlCost.scalar(_number(float(damping), "damping"), sizes)
         everything = tuple(range(len(sizes)))
-        return ControlCost(((everything, _operator(damping, sum(sizes), "damping")),), sizes)
+        whole = _operator(damping, sum(sizes), "damping", system.proto)
+        return ControlCost(((everything, whole),), sizes)
     if isinstance(damping, Mapping):
         damping = _by_layer(damping, system, names)
-    if not isinstance(damping, Sequence) or len(damping) != system.horizon:
+    if not isinstance(damping, Sequence) or isinstance(damping, str):
+        damping = ()
+    if len(damping) != system.horizon:
         raise ValueError(
             f"damping must be a number, an operator of shape ({sum(sizes)}, {sum(sizes)}), or one "
             f"number or operator for each of the {system.horizon} layers."
@@ -45,10 +48,11 @@ def control_cost(damping: Any, system: System, names: Sequence[str] | None) -> C
         if not owned:
             continue
         what = f"damping of layer {t}"
-        if isinstance(value, int | float):
-            groups.append((owned, _number(value, what)))
+        if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
+            groups.append((owned, _number(float(value), what)))
         else:
-            groups.append((owned, _operator(value, sum(sizes[i] for i in owned), what)))
+            size = sum(sizes[i] for i in owned)
+            groups.append((owned, _operator(value, size, what, system.proto)))
     return ControlCost(tuple(groups), sizes)
 
 
@@ -75,8 +79,5 @@ def _number(value: float, what: str) -> float:
     return float(value)
 
 
-def _operator(value: Any, size: int, what: str) -> LinearOperator:
-    operator = as_operator(value)
-    if tuple(operator.shape) != (size, size):
-        raise ValueError(f"{what} has shape {tuple(operator.shape)}, not ({size}, {size}).")
-    return operator
+def _operator(value: Any, size: int, what: str, proto: Tensor) -> LinearOperator:
+    return checked_operator(value, (size, size), what, proto, symmetric=True)

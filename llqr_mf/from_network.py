@@ -15,9 +15,9 @@ from .damping import control_cost
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer, Linearization, NetworkStage, build_stages, linearize, with_curvature
-from .network.checks import check_batch, check_layers, check_same_function
+from .network.checks import check_batch, check_finite, check_layers, check_same_function
 from .operators import ControlCost, StateCost, System
-from .operators.apply import as_operator
+from .operators.apply import checked_operator
 from .operators.tangent import Tangent
 from .problem import NetworkOrigin
 
@@ -41,12 +41,13 @@ def network_problem(
     the_loss, the_metric = get_loss(loss), get_metric(metric)
     check_layers(layers)
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
-    check_batch(layers[0].program.model, batch, targets)
+    check_batch(layers[0].program, batch, targets)
     # Whether second-order terms are needed shows only at the outputs, so they are kept if the
     # metric overrides its costate.
     second_order = _may_curve(the_metric)
     linearization = linearize(layers, batch, second_order=second_order)
     outputs = linearization.outputs
+    check_finite(layers[0].program.model, outputs)
     the_loss.check(outputs, targets)
     if check:
         check_same_function(layers[0].program, batch, outputs)
@@ -131,10 +132,5 @@ def _state_cost(
     if isinstance(value, int | float):
         weight = system.proto.new_full((1,), value / samples)
         return ConstantDiagLinearOperator(weight, diag_shape=size)
-    operator = as_operator(value)
-    if tuple(operator.shape) != (size, size):
-        raise ValueError(
-            f"the cost on layer '{key}' has shape {tuple(operator.shape)}, not ({size}, {size})."
-        )
-    return operator
-
+    what = f"the cost on layer '{key}'"
+    return checked_operator(value, (size, size), what, system.proto, symmetric=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from .operators import ControlCost, OperatorStage, StateCost, System
-from .operators.apply import as_operator
+from .operators.apply import checked_operator
 from .operators.tangent import Tangent
 
 Given = LinearOperator | Tensor
@@ -35,37 +36,49 @@ def system_from_operators(
     T = len(A)
     if T == 0:
         raise ValueError("A is empty: give at least one stage.")
-    B, R_, S_, r_, f_ = (
+    B_, R_, S_, r_, f_ = (
         _listed(part, T, name)
         for part, name in ((B, "B"), (R, "R"), (S, "S"), (r, "r"), (f, "f"))
     )
     Q_, q_ = _listed(Q, T + 1, "Q"), _listed(q, T + 1, "q")
-    ops_A, ops_B = [as_operator(a) for a in A], [as_operator(b) for b in B]
-    proto = torch.empty(0, dtype=ops_A[0].dtype, device=ops_A[0].device)
-    n = [a.shape[1] for a in ops_A] + [ops_A[-1].shape[0]]
-    m = [b.shape[1] for b in ops_B]
-    for t in range(T):
-        _fits(ops_A[t], (n[t + 1], n[t]), f"A[{t}]", proto)
-        _fits(ops_B[t], (n[t + 1], m[t]), f"B[{t}]", proto)
-        _fits(S_[t], (m[t], n[t]), f"S[{t}]", proto)
-        _fits(r_[t], (m[t],), f"r[{t}]", proto)
-        _fits(f_[t], (n[t + 1],), f"f[{t}]", proto)
-        if not isinstance(R_[t], int | float):
-            _fits(R_[t], (m[t], m[t]), f"R[{t}]", proto)
-    for t in range(T + 1):
-        _fits(Q_[t], (n[t], n[t]), f"Q[{t}]", proto)
-        _fits(q_[t], (n[t],), f"q[{t}]", proto)
-    _fits(x0, (n[0],), "x0", proto)
+    for name, part in (("A", A), ("B", B_)):
+        for t, matrix in enumerate(part):
+            if not isinstance(matrix, LinearOperator | Tensor) or len(matrix.shape) != 2:
+                raise ValueError(f"{name}[{t}] must be a matrix: a 2-D tensor or a LinearOperator.")
+    proto = torch.empty(0, dtype=A[0].dtype, device=A[0].device)
+    n = [a.shape[1] for a in A] + [A[-1].shape[0]]
+    m = [b.shape[1] for b in B_]
+
+    def operators(part: Sequence[Any], name: str, rows: list[int], columns: list[int]) -> list[Any]:
+        return [
+            None
+            if matrix is None
+            else checked_operator(
+                *(matrix, (rows[t], columns[t]), f"{name}[{t}]", proto), symmetric=name in "QR"
+            )
+            for t, matrix in enumerate(part)
+        ]
+
+    ops_A, ops_B = operators(A, "A", n[1:], n), operators(B_, "B", n[1:], m)
+    ops_Q, ops_S = operators(Q_, "Q", n, n), operators(S_, "S", m, n)
+    numbers = [0.0 if R is None else R for R in R_]
+    ops_R = operators([None if _is_number(R) else R for R in numbers], "R", m, m)
+    for t, R in enumerate(numbers):
+        if _is_number(R) and not math.isfinite(R):
+            raise ValueError(f"R[{t}] is {R}: give a finite number.")
+    for name, vectors, sizes in (("q", q_, n), ("r", r_, m), ("f", f_, n[1:]), ("x0", [x0], n)):
+        for t, vector in enumerate(vectors):
+            _check_vector(vector, sizes[t], name if name == "x0" else f"{name}[{t}]", proto)
     groups = tuple(
-        ((t,), float(R or 0.0) if isinstance(R, int | float | None) else as_operator(R))
-        for t, R in enumerate(R_)
+        ((t,), float(number) if R is None else R)
+        for t, (number, R) in enumerate(zip(numbers, ops_R, strict=True))
     )
     system = System(
         stages=tuple(
-            OperatorStage(a, b, None, None if s is None else as_operator(s), None, proto)
-            for a, b, s in zip(ops_A, ops_B, S_, strict=True)
+            OperatorStage(a, b, None, s, None, proto)
+            for a, b, s in zip(ops_A, ops_B, ops_S, strict=True)
         ),
-        state_costs=tuple(() if c is None else (StateCost(as_operator(c)),) for c in Q_),
+        state_costs=tuple(() if c is None else (StateCost(c),) for c in ops_Q),
         control_cost=ControlCost(groups, tuple(m)),
         blocks=tuple((size,) for size in m),
         owned=tuple((t,) for t in range(T)),
@@ -87,15 +100,21 @@ def _listed(part: Sequence[Any] | None, length: int, name: str) -> list[Any]:
     return list(part)
 
 
-def _fits(part: Any, shape: tuple[int, ...], name: str, proto: Tensor) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _check_vector(part: Any, size: int, name: str, proto: Tensor) -> None:
     if part is None:
         return
-    if tuple(part.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(part.shape)}, not {shape}.")
+    if not isinstance(part, Tensor):
+        raise TypeError(f"{name} is a {type(part).__name__}: give a tensor of shape ({size},).")
+    if tuple(part.shape) != (size,):
+        raise ValueError(f"{name} has shape {tuple(part.shape)}, not ({size},).")
     if part.dtype != proto.dtype or part.device != proto.device:
         raise ValueError(
             f"{name} is {part.dtype} on {part.device} and A[0] is {proto.dtype} on "
             f"{proto.device}: convert them to one dtype and device."
         )
-    if isinstance(part, Tensor) and not bool(torch.isfinite(part).all()):
+    if not bool(torch.isfinite(part).all()):
         raise ValueError(f"{name} has entries that are NaN or infinite.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from .operators import (
 from .operators.base import zero_operator
 from .operators.tangent import Tangent, size_of, to_rows
 from .solvers.cg import cg
+from .solvers.status import Code
 
 if TYPE_CHECKING:
     from .losses import Loss
@@ -237,7 +239,11 @@ class LQRProblem:
         for stage, owned in zip(system.stages, system.owned, strict=True):
             cost = system.control_cost.restrict(owned)
             if stage.curved:
-                made.append(ControlHessianOperator(system.proto, stage=stage, cost=cost))
+                made.append(
+                    ControlHessianOperator(
+                        system.proto, stage=stage, cost=cost, columns=self._columns
+                    )
+                )
             else:
                 made.append(cost.operator(system.proto))
         return tuple(made)
@@ -307,7 +313,10 @@ class LQRProblem:
         Args:
             t: 0..T.
             rtol: Tolerance of that CG. Default: 1e-12 in float64, 1e-6 otherwise.
-            max_iterations: Its limit.
+            max_iterations: Its limit, 1000 by default; a product that reaches it warns.
+
+        Raises:
+            ValueError: From a product, where the tail problem is unbounded below.
         """
         if not 0 <= t <= self.horizon:
             raise ValueError(f"time {t} is outside of 0..{self.horizon}.")
@@ -323,7 +332,7 @@ class LQRProblem:
         Args:
             t: 0..T-1.
             rtol: Tolerance of the tail CG. Default: 1e-12 in float64, 1e-6 otherwise.
-            max_iterations: Its limit.
+            max_iterations: Its limit, as for `value`.
         """
         if not 0 <= t < self.horizon:
             raise ValueError(f"time {t} is outside of 0..{self.horizon - 1}.")
@@ -413,8 +422,18 @@ class LQRProblem:
             if b.shape[1] == 0:
                 return b
             result = cg(
-                tail.condensed_product, b.mT, rtol=tolerance, max_iterations=max_iterations
+                tail.condensed_product, b.mT, rtol=tolerance, max_iterations=max_iterations or 1000
             )
+            if result.status.code in (Code.NEGATIVE_CURVATURE, Code.NOT_FINITE):
+                raise ValueError(f"the tail problem has no solution: {result.status}")
+            if result.status.code is Code.MAX_ITERATIONS:
+                worst = float(result.residual_norm.max())
+                warnings.warn(
+                    f"a product with a value or gain has a relative residual of {worst:.1e}: "
+                    f"{result.status}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return result.x.mT
 
         return {"system": system, "solve": solve, "columns": self._columns}

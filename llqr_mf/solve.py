@@ -18,6 +18,7 @@ from .operators.tangent import size_of
 from .problem import LQRProblem
 from .solution import Solution
 from .solvers.cg import cg
+from .solvers.dots import row_dots, row_norms
 from .solvers.dual import Dual, gram_by_products
 from .solvers.low_rank import low_rank
 from .solvers.minres import minres
@@ -34,6 +35,9 @@ GRAM_BY_PRODUCTS = 1024
 
 DENSE_SIZE = 6000
 """Largest state or control that the dense Riccati recursion accepts."""
+
+REFINEMENTS = 2
+"""Solves of the residual that a low-rank sweep is followed by, where float32 asks for them."""
 
 AUTO_DENSE = 256
 """Given matrices up to this size are solved densely by `auto`."""
@@ -105,8 +109,7 @@ def solve(
     Raises:
         ValueError: The method does not apply, and the message says which does.
     """
-    _check_right_hand_side(problem, rhs)
-    b = -problem.gradient if rhs is None else rhs
+    b = _right_hand_side(problem, rhs)
     options = _Options(
         *(rtol, max_iterations, preconditioner, initial, radius),
         *(on_negative_curvature, recurrence_dtype, flexible, progress, rhs is not None),
@@ -152,31 +155,45 @@ def _solution(
 ) -> Solution:
     """Measures what was found: the true residual, and the model's decrease from it."""
     u = found.step
-    curved = problem.hessian @ u
-    wide = b.double() - curved.double()
-    norm = b.double().norm(dim=0)
-    residual = torch.where(norm > 0, wide.norm(dim=0) / norm, wide.norm(dim=0))
-    decrease = (u.double() * (b.double() - curved.double() / 2)).sum(0).to(b.dtype)
+    rows, sides = _rows(u), _rows(b)
+    left = apply_rows(problem.hessian, rows).neg_().add_(sides)
+    norm, miss = row_norms(sides), row_norms(left)
+    # u'b - 1/2 u'H u with H u = b - (the residual left).
+    decrease = ((row_dots(rows, sides) + row_dots(rows, left)) / 2).to(b.dtype)
     status = found.status
     if reason:
         status = Status(status.code, f"auto chose {method}: {reason}. {status.message}")
     return Solution(
         step=u,
         iterations=found.iterations,
-        residual_norm=float(residual.max()),
+        residual_norm=_worst(miss, norm),
         status=status,
-        model_decrease=decrease,
+        model_decrease=decrease[0] if b.ndim == 1 else decrease,
         method=method,
         products=found.products + 1,
         **(found.extra or {}),
     )
 
 
-def _check_right_hand_side(problem: LQRProblem, rhs: Tensor | None) -> None:
-    if rhs is not None and (rhs.ndim not in (1, 2) or rhs.shape[0] != problem.size):
+def _worst(miss: Tensor, norm: Tensor) -> float:
+    """The largest |H u - b| / |b| of all columns; |H u| where b is zero."""
+    return float(torch.where(norm > 0, miss / norm, miss).max())
+
+
+def _right_hand_side(problem: LQRProblem, rhs: Tensor | None) -> Tensor:
+    b, what = (-problem.gradient, "the gradient") if rhs is None else (rhs, "rhs")
+    if b.ndim not in (1, 2) or b.shape[0] != problem.size or b.shape[1:] == (0,):
         raise ValueError(
-            f"rhs has shape {tuple(rhs.shape)}: give ({problem.size},) or ({problem.size}, k)."
+            f"rhs has shape {tuple(b.shape)}: give ({problem.size},) or ({problem.size}, k)."
         )
+    if b.dtype != problem.dtype or b.device != problem.device:
+        raise ValueError(
+            f"rhs is {b.dtype} on {b.device} and the problem is {problem.dtype} on "
+            f"{problem.device}: convert rhs with .to()."
+        )
+    if not bool(torch.isfinite(b).all()):
+        raise ValueError(f"{what} has entries that are NaN or infinite: there is no step.")
+    return b
 
 
 def _choose(problem: LQRProblem, options: _Options) -> tuple[str, str]:
@@ -273,17 +290,30 @@ def _low_rank(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
     if terminal is None:
         terminal = system.proto.new_zeros(0, size_of(system.state_shapes(problem.horizon)))
     result = low_rank(system, terminal, factors[:-1])
-    u = result.solve(_rows(b), system)
-    for _ in range(2):  # refinement, which float32 sweeps need
-        residual = _rows(b) - system.condensed_product(u)
-        worst = float((residual.norm(dim=1) / _rows(b).norm(dim=1).clamp_min(1e-300)).max())
-        if worst <= options.rtol or not math.isfinite(worst):
+    rows = _rows(b)
+    norm = row_norms(rows)
+    u, left, worst = torch.zeros_like(rows), rows, math.inf
+    for _ in range(1 + REFINEMENTS):
+        refined = result.solve(left, system).add_(u)
+        left = system.condensed_product(refined).neg_().add_(rows)
+        before, worst = worst, _worst(row_norms(left), norm)
+        if not worst < before:
+            worst = before
             break
-        u = u + result.solve(residual, system)
+        u = refined
+        if worst <= options.rtol:
+            break
     values = tuple(result.value(t) for t in range(problem.horizon + 1))
     gains = tuple(result.gain(t) for t in range(problem.horizon))
     rank = max(len(factor) for factor in result.factors)
-    status = Status(Code.CONVERGED, f"One backward sweep of factors of rank at most {rank}.")
+    code, message = Code.CONVERGED, f"One backward sweep of factors of rank at most {rank}."
+    if not worst <= options.rtol:
+        code = Code.STAGNATED
+        message += (
+            f" The residual stays at {worst:.2e}, which the precision of the sweep limits: use "
+            "float64 parameters, more damping, a larger rtol, or method='cg'."
+        )
+    status = Status(code, message)
     return _Found(_like(u, b), status, extra={"values": values, "gains": gains})
 
 

@@ -21,20 +21,52 @@ DENSE_INVERSE = 4096
 def apply_rows(operator: LinearOperator, v: Tensor) -> Tensor:
     """Operator times k vectors; shape (k, n) to (k, m)."""
     if isinstance(operator, MatrixFreeOperator):
-        return operator._rows(v)
+        return operator.times_rows(v)
     return operator._matmul(v.mT).mT
 
 
 def apply_rows_t(operator: LinearOperator, w: Tensor) -> Tensor:
     """Transposed operator times k vectors; shape (k, m) to (k, n)."""
     if isinstance(operator, MatrixFreeOperator):
-        return operator._rows_t(w)
+        return operator.times_rows(w, transposed=True)
     return operator._t_matmul(w.mT).mT
 
 
 def as_operator(value: LinearOperator | Tensor) -> LinearOperator:
     """A tensor as a `DenseLinearOperator`; an operator as it is."""
     return value if isinstance(value, LinearOperator) else DenseLinearOperator(value)
+
+
+def checked_operator(
+    value: LinearOperator | Tensor,
+    shape: tuple[int, int],
+    what: str,
+    proto: Tensor,
+    *,
+    symmetric: bool = False,
+) -> LinearOperator:
+    """What a user gives as a matrix, as an operator, once it is known to fit.
+
+    Raises:
+        TypeError: It is neither a tensor nor an operator.
+        ValueError: Its shape, dtype or device does not fit, a tensor is not finite, or it is not
+            symmetric and should be. (The entries of an operator are not looked at.)
+    """
+    if not isinstance(value, LinearOperator | Tensor):
+        raise TypeError(f"{what} is a {type(value).__name__}: give a tensor or a LinearOperator.")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(value.shape)}, not {shape}.")
+    if value.dtype != proto.dtype or value.device != proto.device:
+        raise ValueError(
+            f"{what} is {value.dtype} on {value.device} and the problem is {proto.dtype} on "
+            f"{proto.device}: convert one of them with .to()."
+        )
+    if isinstance(value, Tensor):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{what} has entries that are NaN or infinite.")
+        if symmetric and not torch.allclose(value, value.mT):
+            raise ValueError(f"{what} is not symmetric: give (M + M.mT) / 2.")
+    return as_operator(value)
 
 
 def inverse_operator(operator: LinearOperator) -> LinearOperator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,21 +75,27 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
         return self if self.symmetric else TransposedOperator(self._proto, base=self)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        return self._columns_in_passes(self._rows, rhs)
+        return self._times_columns(rhs)
 
     def _t_matmul(self, rhs: Tensor) -> Tensor:
-        return self._columns_in_passes(self._rows_t, rhs)
+        return self._times_columns(rhs, transposed=True)
 
-    def _columns_in_passes(self, product: Any, rhs: Tensor) -> Tensor:
+    def _times_columns(self, rhs: Tensor, *, transposed: bool = False) -> Tensor:
         if rhs.ndim == 1:
-            return product(rhs.unsqueeze(0)).squeeze(0)
+            return self.times_rows(rhs.unsqueeze(0), transposed=transposed).squeeze(0)
         *batch, n, k = rhs.shape
         rows = rhs.mT.reshape(math.prod(batch) * k, n)
-        if self._columns is None or len(rows) <= self._columns:
-            out = product(rows)
-        else:
-            out = torch.cat([product(part) for part in rows.split(self._columns)])
+        out = self.times_rows(rows, transposed=transposed)
         return out.reshape(*batch, k, out.shape[-1]).mT
+
+    def times_rows(self, v: Tensor, *, transposed: bool = False) -> Tensor:
+        """The product with rows (k, n), `columns` of them at a time; shape (k, m)."""
+        product = self._rows_t if transposed else self._rows
+        if len(v) == 0:
+            return v.new_zeros(0, self._sizes()[1 if transposed else 0])
+        if self._columns is None or len(v) <= self._columns:
+            return product(v)
+        return torch.cat([product(part) for part in v.split(self._columns)])
 
     def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         """The product with a vector (n,), columns (n, k), a batch (..., n, k) or an operator."""
@@ -108,16 +115,16 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
         return self._matmul(other)
 
     def to_dense(self) -> Tensor:
-        """The matrix itself, by products with unit vectors in passes of `DENSE_COLUMNS`."""
+        """The matrix itself, by products with unit vectors, `DENSE_COLUMNS` at a time or fewer."""
         m, n = self._sizes()
         product, size = (self._rows, n) if n <= m else (self._rows_t, m)
-        parts = [product(unit) for unit in _unit_rows(size, self._proto)]
+        parts = [product(unit) for unit in self._unit_rows(size)]
         rows = torch.cat(parts) if parts else self._proto.new_zeros(0, max(m, n))
         return rows.mT.contiguous() if n <= m else rows
 
     def _diagonal(self) -> Tensor:
         parts, start = [], 0
-        for unit in _unit_rows(self._sizes()[0], self._proto):
+        for unit in self._unit_rows(self._sizes()[0]):
             parts.append(self._rows(unit)[:, start : start + len(unit)].diagonal())
             start += len(unit)
         return torch.cat(parts) if parts else self._proto.new_zeros(0)
@@ -138,7 +145,23 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
         columns, place = torch.unique(col_index, return_inverse=True)
         unit = torch.zeros(len(columns), self._sizes()[1], dtype=self.dtype, device=self.device)
         unit[torch.arange(len(columns)), columns] = 1
-        return self._rows(unit)[place, row_index]
+        return self.times_rows(unit)[place, row_index]
+
+    def __getitem__(self, index: Any) -> Any:
+        """A part of the matrix: an operator, or a tensor where an int picks one row or column."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) <= 2 and not any(part is Ellipsis for part in parts):
+            # linear_operator reads -1 as the empty slice from -1 to 0, and counts a mask's zeros.
+            index = tuple(_place(i, n) for i, n in zip(parts, self._sizes(), strict=False))
+        return super().__getitem__(index)
+
+    def _unit_rows(self, size: int) -> Iterator[Tensor]:
+        step = min(DENSE_COLUMNS, self._columns or DENSE_COLUMNS)
+        for start in range(0, size, step):
+            k = min(step, size - start)
+            unit = torch.zeros(k, size, dtype=self.dtype, device=self.device)
+            unit[torch.arange(k), torch.arange(start, start + k)] = 1
+            yield unit
 
     def _unsqueeze_batch(self, dim: int) -> LinearOperator:
         raise NotImplementedError(
@@ -160,11 +183,12 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
 
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
 
-        def product(rows: Any) -> Any:
+        def product(*, transposed: bool) -> Any:
             def apply(x: Any) -> Any:
                 v = torch.from_numpy(np.asarray(x)).to(self.device, self.dtype)
                 with torch.no_grad():
-                    out = rows(v.reshape(len(v), -1).mT.contiguous()).mT
+                    rows = v.reshape(len(v), -1).mT.contiguous()
+                    out = self.times_rows(rows, transposed=transposed).mT
                 return out.reshape(-1, *x.shape[1:]).to("cpu", wide).numpy()
 
             return apply
@@ -172,10 +196,10 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
         return ScipyOperator(
             shape=self._sizes(),
             dtype=torch.empty(0, dtype=wide).numpy().dtype,
-            matvec=product(self._rows),
-            matmat=product(self._rows),
-            rmatvec=product(self._rows_t),
-            rmatmat=product(self._rows_t),
+            matvec=product(transposed=False),
+            matmat=product(transposed=False),
+            rmatvec=product(transposed=True),
+            rmatmat=product(transposed=True),
         )
 
 
@@ -219,11 +243,11 @@ class SubmatrixOperator(MatrixFreeOperator):
 
     def _rows(self, v: Tensor) -> Tensor:
         whole = v.new_zeros(len(v), self.base._sizes()[1])
-        return self.base._rows(whole.index_copy(1, self.chosen[1], v))[:, self.chosen[0]]
+        return self.base._rows(whole.index_add(1, self.chosen[1], v))[:, self.chosen[0]]
 
     def _rows_t(self, w: Tensor) -> Tensor:
         whole = w.new_zeros(len(w), self.base._sizes()[0])
-        return self.base._rows_t(whole.index_copy(1, self.chosen[0], w))[:, self.chosen[1]]
+        return self.base._rows_t(whole.index_add(1, self.chosen[0], w))[:, self.chosen[1]]
 
 
 def zero_operator(m: int, n: int, proto: Tensor) -> LinearOperator:
@@ -231,9 +255,12 @@ def zero_operator(m: int, n: int, proto: Tensor) -> LinearOperator:
     return ZeroLinearOperator(m, n, dtype=proto.dtype, device=proto.device)
 
 
-def _unit_rows(size: int, proto: Tensor) -> Any:
-    for start in range(0, size, DENSE_COLUMNS):
-        k = min(DENSE_COLUMNS, size - start)
-        unit = torch.zeros(k, size, dtype=proto.dtype, device=proto.device)
-        unit[torch.arange(k), torch.arange(start, start + k)] = 1
-        yield unit
+def _place(index: Any, size: int) -> Any:
+    """An integer counted from the start, a mask as indices; anything else as it is."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return index.nonzero().squeeze(-1)
+    if not isinstance(index, int) or isinstance(index, bool):
+        return index
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is out of range for an axis of size {size}.")
+    return index % size

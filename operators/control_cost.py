@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from linear_operator import LinearOperator
@@ -38,11 +39,11 @@ class ControlCost:
             if uniform == 0:
                 return out
             return out.add_(u, alpha=uniform) if in_place else out + uniform * u
-        return out + self._map(u, lambda value: value)
+        return out + self._map(u)
 
     def product(self, u: Tensor) -> Tensor:
         """R u for rows of shape (k, P)."""
-        return u * self.uniform if self.uniform is not None else self._map(u, lambda v: v)
+        return u * self.uniform if self.uniform is not None else self._map(u)
 
     def inverse_product(self, v: Tensor) -> Tensor:
         """R^{-1} v for rows of shape (k, P).
@@ -50,19 +51,12 @@ class ControlCost:
         Raises:
             ValueError: R is not positive definite.
         """
+        return self._inverse.product(v)
 
-        def inverse(value: float | LinearOperator) -> float | LinearOperator:
-            if isinstance(value, LinearOperator):
-                return inverse_operator(value)
-            if value <= 0:
-                raise ValueError(
-                    "this method needs R^{-1}: give damping > 0 on every layer, or use method='cg'."
-                )
-            return 1.0 / value
-
-        if self.uniform is not None:
-            return v * inverse(self.uniform)
-        return self._map(v, inverse)
+    @cached_property
+    def _inverse(self) -> ControlCost:
+        groups = tuple((blocks, _inverted(value)) for blocks, value in self.groups)
+        return ControlCost(groups, self.sizes)
 
     @property
     def uniform(self) -> float | None:
@@ -112,10 +106,9 @@ class ControlCost:
             )
         return ControlCostOperator(proto, cost=self)
 
-    def _map(self, u: Tensor, of: object) -> Tensor:
+    def _map(self, u: Tensor) -> Tensor:
         parts = list(u.split(self.sizes, dim=1))
         for blocks, value in self.groups:
-            value = of(value)  # type: ignore[operator]
             if isinstance(value, LinearOperator):
                 joined = torch.cat([parts[i] for i in blocks], dim=1)
                 product = apply_rows(value, joined)
@@ -125,3 +118,13 @@ class ControlCost:
             for i, piece in zip(blocks, pieces, strict=True):
                 parts[i] = piece
         return torch.cat(parts, dim=1) if parts else u
+
+
+def _inverted(value: float | LinearOperator) -> float | LinearOperator:
+    if isinstance(value, LinearOperator):
+        return inverse_operator(value)
+    if value <= 0:
+        raise ValueError(
+            "this method needs R^{-1}: give damping > 0 on every layer, or use method='cg'."
+        )
+    return 1.0 / value

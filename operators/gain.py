@@ -7,7 +7,7 @@ from torch import Tensor
 from .base import MatrixFreeOperator
 from .system import System
 from .tangent import from_rows, size_of, to_rows
-from .value import TailSolve, tail_controls
+from .value import TailSolve, differentiable_solve, tail_controls
 
 
 class GainOperator(MatrixFreeOperator):
@@ -43,7 +43,8 @@ class GainOperator(MatrixFreeOperator):
         parts: list[Tensor | None] = [None] * len(system.blocks)
         for i, part in zip(system.owned[0], from_rows(w, system.stages[0].controls), strict=True):
             parts[i] = part
-        u = self.solve(system, -to_rows(tuple(parts), system.blocks, w, len(w)))
+        picked = to_rows(tuple(parts), system.blocks, w, len(w))
+        u = differentiable_solve(system, self.solve, -picked)
         zero = tuple(None for _ in system.state_shapes(system.horizon))
         p0, _ = system.adjoint(zero, system.rollout(u), need_state=True, need_control=False)
         return to_rows(p0, system.state_shapes(0), w, len(w))

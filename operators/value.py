@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import MatrixFreeOperator
@@ -56,4 +58,37 @@ def tail_controls(system: System, solve: TailSolve, v: Tensor) -> Tensor:
     zero = tuple(None for _ in system.state_shapes(system.horizon))
     gradient = system.adjoint(zero, system.rollout(None, x0, columns=len(v)))[1]
     assert gradient is not None
-    return solve(system, -gradient)
+    return differentiable_solve(system, solve, -gradient)
+
+
+def differentiable_solve(system: System, solve: TailSolve, b: Tensor) -> Tensor:
+    """H^{-1} b for rows b, which autograd and `torch.func` see as the linear map it is."""
+    out: Tensor = _Solve.apply(b, system, solve)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Solve(torch.autograd.Function):
+    """The derivative of a solve with a symmetric matrix is another one, both ways."""
+
+    @staticmethod
+    def forward(b: Tensor, system: System, solve: TailSolve) -> Tensor:
+        return solve(system, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.system, ctx.solve = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return differentiable_solve(ctx.system, ctx.solve, gradient), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return differentiable_solve(ctx.system, ctx.solve, tangent)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], b: Tensor, system: System, solve: TailSolve
+    ) -> tuple[Tensor, int]:
+        rows = b.movedim(in_dims[0], 0)
+        return differentiable_solve(system, solve, rows.flatten(0, 1)).reshape(rows.shape), 0

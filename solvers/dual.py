@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ..operators.system import System
 from ..operators.tangent import from_rows
-from .cg import cg
+from .cg import CGResult, cg
+from .dots import row_norms
 from .status import Code, Status
 
 GRAM_PASS = 32
@@ -57,6 +59,9 @@ class Dual:
     preconditions CG on the true products, so that the rounding of a float32 Gram matrix costs an
     iteration or two, not accuracy. Without a Gram matrix this is matrix-free dual CG.
 
+    The two terms of u cancel, more so the smaller the damping: one pass leaves a relative residual
+    of about eps |H| / damping. So u is refined: the residual is solved for, and added.
+
     Args:
         system: Terminal cost only.
         factor: L.
@@ -86,51 +91,44 @@ class Dual:
             progress: Whether to show a progress bar.
         """
         system = self.system
-        start = system.control_cost.inverse_product(b)
-        h = self._observe(start)
-        y = torch.zeros_like(h)
-        norm = b.double().norm(dim=1)
-        limit = h.shape[1] if max_iterations is None else max_iterations
-        iterations, products, tolerance = 0, 1, rtol
-        u, residual = start, torch.full_like(norm, float("inf"))
-        code, message = Code.STAGNATED, ""
-        while True:
-            inner = cg(
-                self._matrix,
-                h.mT,
-                preconditioner=self._precondition if self._cholesky is not None else None,
-                initial=y.mT,
-                rtol=tolerance,
-                max_iterations=max(1, limit - iterations),
-                recurrence_dtype=torch.float64,
-                progress=progress,
-            )
-            y = inner.x.mT.reshape(h.shape)
-            iterations, products = iterations + inner.iterations, products + inner.products
-            u = self._controls(start, y)
-            before = residual
-            residual = (b.double() - system.condensed_product(u).double()).norm(dim=1)
-            residual = torch.where(norm > 0, residual / norm, residual)
-            products += 2
-            worst = float(residual.max())
-            if worst <= rtol:
-                code = Code.CONVERGED
-                message = f"Exact dual solve, {iterations} CG iterations in the output space."
+        norm = row_norms(b)
+        limit = max(1, self.shape[0] * self.shape[1] if max_iterations is None else max_iterations)
+        iterations, products = 0, 0
+        u, left = torch.zeros_like(b), b
+        residual = (norm != 0).to(norm)
+        worst, tolerance = float(residual.max()), rtol
+        code, message = Code.CONVERGED, ""
+        while worst > rtol:
+            if iterations >= limit:
+                code, message = Code.MAX_ITERATIONS, "Raise max_iterations, or the damping."
                 break
-            if not worst < float("inf"):
+            correction, inner = self._correction(left, tolerance, limit - iterations, progress)
+            iterations, products = iterations + inner.iterations, products + inner.products + 3
+            before = worst
+            corrected = correction.add_(u)
+            left = system.condensed_product(corrected).neg_().add_(b)
+            measured = row_norms(left)
+            measured = torch.where(norm > 0, measured / norm, measured)
+            worst = float(measured.max())
+            if not math.isfinite(worst):
                 code, message = Code.NOT_FINITE, "A product was not finite: look at the inputs."
                 break
-            if iterations >= limit:
-                code = Code.MAX_ITERATIONS
-                message = "Raise max_iterations, or the damping."
-                break
-            if worst > 0.5 * float(before.max()):
+            if worst < before:
+                u, residual = corrected, measured
+            if worst > max(rtol, before / 2):
+                code = Code.STAGNATED
                 message = (
-                    f"The residual stays at {worst:.2e}, which the precision of the products "
-                    "limits: use float64 parameters, more damping or a larger rtol."
+                    f"The residual stays at {min(worst, before):.2e}, which the precision of the "
+                    "products limits: use float64 parameters, more damping, a larger rtol, or "
+                    "method='cg'."
                 )
                 break
-            tolerance = max(tolerance * min(0.5 * rtol / worst, 0.1), 1e-15)
+            # An error of y shows in u enlarged by up to |G|, which is seen here.
+            enlarged = worst / (before * tolerance)
+            tolerance = min(0.5 * rtol / max(worst, 1e-300), 0.1) / max(enlarged, 1.0)
+            tolerance = max(tolerance, torch.finfo(b.dtype).eps)
+        if code is Code.CONVERGED:
+            message = f"Exact dual solve, {iterations} CG iterations in the output space."
         return DualResult(u, iterations, residual, products, Status(code, message))
 
     def _observe(self, u: Tensor) -> Tensor:
@@ -138,9 +136,21 @@ class Dual:
         flat = self.system.output_product(u)
         return self.factor.factor_t(flat).reshape(len(u), -1).double()
 
-    def _controls(self, start: Tensor, y: Tensor) -> Tensor:
-        """Start - R^{-1} J'L y."""
-        return start.sub(self._spread(y))
+    def _correction(
+        self, b: Tensor, rtol: float, max_iterations: int, progress: bool
+    ) -> tuple[Tensor, CGResult]:
+        """R^{-1} (b - J'L y), and how y was found."""
+        start = self.system.control_cost.inverse_product(b)
+        inner = cg(
+            self._matrix,
+            self._observe(start).mT,
+            preconditioner=None if self._cholesky is None else self._precondition,
+            rtol=rtol,
+            max_iterations=max_iterations,
+            recurrence_dtype=torch.float64,
+            progress=progress,
+        )
+        return start.sub(self._spread(inner.x.mT)), inner
 
     def _spread(self, y: Tensor) -> Tensor:
         """R^{-1} J'L y, float64 rows (k, r N) to rows (k, P)."""

@@ -228,7 +228,7 @@ def solve_to_true_residual(
         # Rounding x and the product make an error of this size, which no restart gets rid of. The
         # 4 is for |A|: of A with a log-uniform spectrum a third is seen.
         floor = 4 * torch.finfo(system.dtype).eps * system.norm_seen * row_norms(kept)
-        hopeful = norm > 0*floor
+        hopeful = (norm > floor) & (norm <= previous / 2)
         small, hopeful, finite = torch.stack(
             [norm <= system.tolerance, hopeful, norm.isfinite()]
         ).tolist()

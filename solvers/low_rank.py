@@ -47,7 +47,7 @@ class LowRankStep:
         return to_rows(out, self.stage.next_state, rows, len(rows))
 
     def gain(self, p: Tensor) -> Tensor:
-        """-(R + B'LL'B)^{-1} B' L z for rows z = p of shape (k, rank): -R^{-1}B'L (I + W)^{-1} z."""
+        """-(R + B'LL'B)^{-1} B'L z = -R^{-1} B'L (I + W)^{-1} z for rows z = p, (k, rank)."""
         inner = torch.cholesky_solve(p.double().mT, self.cholesky).mT.to(self.factor.dtype)
         return -self.control_product_t(inner @ self.factor)
 

@@ -151,8 +151,8 @@ class _MinimalResiduals:
             optimal = (root <= self.eps**0.5 * size) & (a0**2 <= 100 * self.eps * a1**2)
             finite = (delta + square).isfinite()
             usable = running & finite & definite & ~optimal
-            c_old, c = c, torch.where(usable, a0 / a1, 1.0)
-            s_old, s = s, torch.where(usable, gamma / a1, 0.0)
+            c_old, c = c, a0 / a1
+            s_old, s = s, gamma / a1
 
             inverse = torch.where(usable, 1 / a1, 0.0)
             w_old.mul_(per_row(torch.where(usable, -a3 * inverse, 0.0), w))

@@ -43,13 +43,19 @@ def check_layers(layers: Sequence[Layer]) -> None:
         raise ValueError("the model has no parameter with requires_grad=True: nothing to step.")
 
 
-def check_batch(model: nn.Module, inputs: tuple[Any, ...], targets: Any) -> None:
-    """One dtype and device, a batch that is not empty, and finite data.
+def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None:
+    """As many inputs as the model takes, of one dtype and device, not empty, and finite.
 
     Raises:
         ValueError: With the argument's or parameter's name, and the remedy.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
+    wanted = sum(node.op == "placeholder" for node in program.graph.nodes)
+    if len(inputs) != wanted:
+        raise ValueError(
+            f"inputs holds {len(inputs)} tensors and split() saw a model that takes {wanted}: pass "
+            "a tuple of as many, or give split() the same as example_inputs."
+        )
     first_name, first = named[0]
     for name, parameter in named:
         if parameter.dtype != first.dtype or parameter.device != first.device:
@@ -60,8 +66,9 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...], targets: Any) -> None
     tensors = [(f"inputs[{i}]", x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     if not tensors:
         raise ValueError("inputs holds no tensor: pass one tensor, or a tuple of them.")
-    if isinstance(targets, Tensor):
-        tensors.append(("targets", targets))
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets is a {type(targets).__name__}: pass a tensor.")
+    tensors.append(("targets", targets))
     for name, tensor in tensors:
         if tensor.device != first.device:
             raise ValueError(
@@ -80,17 +87,25 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...], targets: Any) -> None
                 )
 
 
+def check_finite(model: nn.Module, outputs: Tensor) -> None:
+    """No NaN, and no infinity but the -inf that masks a class.
+
+    Raises:
+        ValueError: With the parameter that causes it, if one does.
+    """
+    if bool((outputs.isnan() | outputs.isposinf()).any()):
+        bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+        cause = f"parameter '{bad[0]}' is not finite" if bad else "the forward pass overflows"
+        raise ValueError(f"the model's outputs are NaN or infinite: {cause}.")
+
+
 def check_same_function(program: Program, inputs: tuple[Any, ...], outputs: Tensor) -> None:
     """The layers compute what the model does, and the model does it again the same.
 
     Raises:
-        ValueError: The outputs are not finite, differ between two runs from the same random
-            state, or differ from those of the layers.
+        ValueError: The outputs differ between two runs from the same random state, or differ from
+            those of the layers.
     """
-    if not bool(torch.isfinite(outputs).all()):
-        bad = [n for n, p in program.model.named_parameters() if not bool(p.isfinite().all())]
-        cause = f"parameter '{bad[0]}' is not finite" if bad else "the forward pass overflows"
-        raise ValueError(f"the model's outputs are NaN or infinite: {cause}.")
     twin = shared_copy(program.model)
     first = _run(twin, inputs, outputs.device)
     if _close(first, outputs):
@@ -119,4 +134,6 @@ def _close(a: Any, b: Any) -> bool:
         return False
     # Fused and unfused kernels round differently, layer after layer.
     tolerance = 1e3 * torch.finfo(b.dtype).eps if b.dtype != torch.bfloat16 else 0.1
-    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
+    difference = (a - b).abs().masked_fill(a == b, 0)  # -inf - (-inf) is NaN
+    size = b.abs().masked_fill(b.isinf(), 0)
+    return bool(difference.max() <= tolerance * (1 + size.max()))

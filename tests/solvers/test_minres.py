@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_operator.operators import DenseLinearOperator, DiagLinearOperator
-from llqr_mf.solvers.minres import minres
+from llqr_mf.solvers.krylov import System
+from llqr_mf.solvers.minres import _MinimalResiduals, minres
 from llqr_mf.solvers.status import Code
 from torch import Tensor
+from tqdm import tqdm
 
 DTYPES = [torch.float32, torch.float64]
 SCALES = [1e-12, 1.0, 1e12]
@@ -228,6 +230,16 @@ def test_products_are_the_iterations_and_one_and_reads_are_one_each(
             minres(product, b, max_iterations=limit)
             reads[limit] = counts["reads"]
     assert reads[30] - reads[10] == 20
+
+
+def test_the_recurred_residual_is_b_minus_ax() -> None:
+    """With a preconditioner its sign matters: its parts are orthogonal in the norm of M only."""
+    a, b = symmetric(indefinite_spectrum(30, 10.0)), vectors(30, 2)
+    m = DiagLinearOperator(torch.linspace(0.1, 3, 30, dtype=torch.float64))
+    system = System(lambda v: v @ a, b, preconditioner=m, rtol=0.0, atol=0.0, recurrence_dtype=None)
+    x, r = system.start(None)
+    _MinimalResiduals(system, tqdm(disable=True))(x, r, [0, 1], 7)
+    torch.testing.assert_close(r, b.mT - x @ a, rtol=0, atol=1e-12)
 
 
 def test_the_reported_residual_is_true() -> None:
