@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -168,6 +169,9 @@ def picture(runs: list[dict[str, Any]], target: float, path: Path) -> None:
         axis.set_yscale("log")
         axis.grid(True, which="major", alpha=0.3)
     axes[0].set_xscale("symlog", linthresh=1)
+    axes[0].set_xlim(left=0)
+    for kind in ("major", "minor"):
+        getattr(axes[0].yaxis, f"set_{kind}_formatter")(matplotlib.ticker.FormatStrFormatter("%g"))
     axes[0].set_ylabel("squared error per image")
     axes[0].legend(frameon=False)
     axes[0].set_title("Deep autoencoder of digits")

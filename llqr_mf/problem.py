@@ -23,8 +23,8 @@ from .operators import (
     System,
     TransitionOperator,
     ValueOperator,
+    ZeroOperator,
 )
-from .operators.base import zero_operator
 from .operators.tangent import Tangent, size_of, to_rows
 from .solvers.cg import cg
 from .solvers.status import Code
@@ -255,7 +255,7 @@ class LQRProblem:
         return tuple(
             CrossHessianOperator(proto, stage=stage, columns=self._columns)
             if stage.curved
-            else zero_operator(size_of(stage.controls), size_of(stage.state), proto)
+            else ZeroOperator(proto, sizes=(size_of(stage.controls), size_of(stage.state)))
             for stage in self.system.stages
         )
 
@@ -400,7 +400,7 @@ class LQRProblem:
         stage = system.stages[t] if t < self.horizon else None
         costs, shapes = system.state_costs[t], system.state_shapes(t)
         if (stage is None or not stage.curved) and not costs:
-            return zero_operator(size_of(shapes), size_of(shapes), system.proto)
+            return ZeroOperator(system.proto, sizes=(size_of(shapes), size_of(shapes)))
         if (stage is None or not stage.curved) and len(costs) == 1 and costs[0].component is None:
             return costs[0].operator
         return StateHessianOperator(

@@ -1,6 +1,6 @@
 """Lazy operators of the layered linear-quadratic problem. They know torch only."""
 
-from .base import MatrixFreeOperator, SubmatrixOperator, TransposedOperator
+from .base import MatrixFreeOperator, SubmatrixOperator, TransposedOperator, ZeroOperator
 from .condensed_hessian import CondensedHessianOperator
 from .control import ControlOperator
 from .control_cost import ControlCost
@@ -34,4 +34,5 @@ __all__ = [
     "TransitionOperator",
     "TransposedOperator",
     "ValueOperator",
+    "ZeroOperator",
 ]

@@ -17,6 +17,11 @@ from .base import MatrixFreeOperator
 DENSE_INVERSE = 4096
 """Largest size at which an operator without a cheap inverse is inverted as a dense matrix."""
 
+NOT_DEFINITE = (
+    "a control cost (damping) is not positive definite, and this method needs its inverse: give "
+    "one that is, or use method='cg'."
+)
+
 
 def apply_rows(operator: LinearOperator, v: Tensor) -> Tensor:
     """Operator times k vectors; shape (k, n) to (k, m)."""
@@ -56,7 +61,7 @@ def checked_operator(
         raise TypeError(f"{what} is a {type(value).__name__}: give a tensor or a LinearOperator.")
     if tuple(value.shape) != shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}, not {shape}.")
-    if value.dtype != proto.dtype or value.device != proto.device:
+    if value.dtype != proto.dtype or value.device not in (proto.device, None):
         raise ValueError(
             f"{what} is {value.dtype} on {value.device} and the problem is {proto.dtype} on "
             f"{proto.device}: convert one of them with .to()."
@@ -82,7 +87,7 @@ def inverse_operator(operator: LinearOperator) -> LinearOperator:
     if isinstance(operator, ConstantDiagLinearOperator | DiagLinearOperator):
         diagonal = operator._diagonal()
         if not bool((diagonal > 0).all()):
-            raise ValueError("a control cost must be positive definite to be inverted")
+            raise ValueError(NOT_DEFINITE)
         return DiagLinearOperator(1 / diagonal)
     if isinstance(operator, KroneckerProductLinearOperator):
         return KroneckerProductLinearOperator(
@@ -106,5 +111,5 @@ def _dense_inverse(operator: LinearOperator) -> LinearOperator:
     dense = operator.to_dense()
     factor, info = torch.linalg.cholesky_ex(dense.double())
     if int(info) != 0:
-        raise ValueError("a control cost must be positive definite to be inverted")
+        raise ValueError(NOT_DEFINITE)
     return DenseLinearOperator(torch.cholesky_inverse(factor).to(dense.dtype))

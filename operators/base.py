@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from linear_operator import LinearOperator
-from linear_operator.operators import ZeroLinearOperator
 from torch import Tensor
 
 DENSE_COLUMNS = 64
@@ -49,6 +48,10 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
     @abstractmethod
     def _rows(self, v: Tensor) -> Tensor:
         """Product with k vectors; shape (k, n) to (k, m)."""
+
+    def _rows_into(self, v: Tensor, out: Tensor) -> Tensor:
+        """`_rows` written into a buffer (k, m); overridden where that saves an allocation."""
+        return out.copy_(self.times_rows(v))
 
     def _rows_t(self, w: Tensor) -> Tensor:
         """Product of the transpose with k vectors; shape (k, m) to (k, n)."""
@@ -250,9 +253,31 @@ class SubmatrixOperator(MatrixFreeOperator):
         return self.base._rows_t(whole.index_add(1, self.chosen[0], w))[:, self.chosen[1]]
 
 
-def zero_operator(m: int, n: int, proto: Tensor) -> LinearOperator:
-    """An exact zero, so that an absent cost still multiplies."""
-    return ZeroLinearOperator(m, n, dtype=proto.dtype, device=proto.device)
+class ZeroOperator(MatrixFreeOperator):
+    """An exact zero, so that an absent cost still multiplies.
+
+    (The product of `linear_operator`'s own zero is no tensor.)
+
+    Args:
+        proto: Carries dtype and device.
+        sizes: The number of rows and columns.
+        columns: Columns per pass.
+    """
+
+    def __init__(
+        self, proto: Tensor, *, sizes: tuple[int, int], columns: int | None = None
+    ) -> None:
+        super().__init__(proto, columns=columns, sizes=sizes)
+        self.sizes = sizes
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.sizes
+
+    def _rows(self, v: Tensor) -> Tensor:
+        return v.new_zeros(len(v), self.sizes[0])
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        return w.new_zeros(len(w), self.sizes[1])
 
 
 def _place(index: Any, size: int) -> Any:

@@ -32,3 +32,20 @@ class CondensedHessianOperator(MatrixFreeOperator):
 
     def _rows(self, v: Tensor) -> Tensor:
         return self.system.condensed_product(v)
+
+    def multiply_rows(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """H times k vectors kept as rows, shape (k, P), written into `out` if it is given.
+
+        `H @ V` takes columns and returns fresh memory each time; at millions of parameters the
+        page faults of that memory cost as much as a GEMM, which a loop can save.
+        """
+        if out is None:
+            return self._rows(v)
+        if self._columns is None:
+            return self.system.condensed_product(v, out)
+        for part, target in zip(v.split(self._columns), out.split(self._columns), strict=True):
+            self.system.condensed_product(part, target)
+        return out
+
+    def _rows_into(self, v: Tensor, out: Tensor) -> Tensor:
+        return self.multiply_rows(v, out)

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from linear_operator import LinearOperator
-from linear_operator.operators import ConstantDiagLinearOperator
 from torch import Tensor
 
 from .apply import apply_rows, inverse_operator
@@ -39,7 +38,7 @@ class ControlCost:
             if uniform == 0:
                 return out
             return out.add_(u, alpha=uniform) if in_place else out + uniform * u
-        return out + self._map(u)
+        return out.add_(self._map(u)) if in_place else out + self._map(u)
 
     def product(self, u: Tensor) -> Tensor:
         """R u for rows of shape (k, P)."""
@@ -100,11 +99,25 @@ class ControlCost:
         """R as a `LinearOperator` of the whole size."""
         from .control_hessian import ControlCostOperator
 
-        if self.uniform is not None:
-            return ConstantDiagLinearOperator(
-                proto.new_full((1,), self.uniform), diag_shape=sum(self.sizes)
-            )
         return ControlCostOperator(proto, cost=self)
+
+    def inverse(self) -> ControlCost:
+        """R^{-1}; raises as `inverse_product` does."""
+        return self._inverse
+
+    def diagonal(self, proto: Tensor) -> Tensor:
+        """The diagonal of R, shape (P,)."""
+        out = proto.new_empty(sum(self.sizes))
+        parts = list(out.split(self.sizes)) if self.sizes else []
+        for blocks, value in self.groups:
+            if isinstance(value, LinearOperator):
+                sizes = [self.sizes[i] for i in blocks]
+                for i, piece in zip(blocks, value.diagonal().split(sizes), strict=True):
+                    parts[i].copy_(piece)
+            else:
+                for i in blocks:
+                    parts[i].fill_(value)
+        return out
 
     def _map(self, u: Tensor) -> Tensor:
         parts = list(u.split(self.sizes, dim=1))

@@ -56,3 +56,10 @@ class ControlCostOperator(MatrixFreeOperator):
 
     def _rows(self, v: Tensor) -> Tensor:
         return self.cost.product(v)
+
+    def _diagonal(self) -> Tensor:
+        return self.cost.diagonal(self._proto)
+
+    def inverse(self) -> ControlCostOperator:
+        """R^{-1}, where every part of it has an inverse."""
+        return ControlCostOperator(self._proto, cost=self.cost.inverse())

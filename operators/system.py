@@ -175,12 +175,19 @@ class System:
             return p, out
         return p, to_rows(tuple(parts), self.blocks, self.proto, k)
 
-    def condensed_product(self, u: Tensor) -> Tensor:
-        """H u: one rollout, one adjoint sweep, and R u; shape (k, P) to (k, P)."""
+    def condensed_product(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        """H u: one rollout, one adjoint sweep, and R u; shape (k, P) to (k, P).
+
+        Args:
+            u: Rows.
+            out: A buffer for the result. A fresh one of the parameters' size costs as much time
+                in page faults as a GEMM, so whoever multiplies often should give one.
+        """
         trajectory = self.rollout(u)
         zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))
         in_place = is_plain(u)
-        out = torch.empty_like(u, memory_format=torch.contiguous_format) if in_place else None
+        if out is None and in_place:
+            out = torch.empty_like(u, memory_format=torch.contiguous_format)
         _, product = self.adjoint(zero, trajectory, out=out)
         assert product is not None
         return self.control_cost.add_product(u, product, in_place=in_place)

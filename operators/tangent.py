@@ -24,7 +24,7 @@ def size_of(shapes: Sequence[Shape]) -> int:
 def to_rows(tangent: Tangent, shapes: Sequence[Shape], proto: Tensor, k: int) -> Tensor:
     """The flat form of a tangent, shape (k, n): a view when there is one component."""
     parts = [
-        proto.new_zeros(k, math.prod(shape)) if part is None else part.reshape(k, -1)
+        proto.new_zeros(k, math.prod(shape)) if part is None else part.reshape(k, math.prod(shape))
         for part, shape in zip(tangent, shapes, strict=True)
     ]
     if not parts:

@@ -134,7 +134,7 @@ class Dual:
     def _observe(self, u: Tensor) -> Tensor:
         """L'J u as float64 rows (k, r N)."""
         flat = self.system.output_product(u)
-        return self.factor.factor_t(flat).reshape(len(u), -1).double()
+        return self.factor.factor_t(flat).flatten(1).double()
 
     def _correction(
         self, b: Tensor, rtol: float, max_iterations: int, progress: bool
@@ -173,8 +173,8 @@ def gram_by_products(system: System, factor: Factor) -> Tensor:
     dual = Dual(system, factor, None)
     size = dual.shape[0] * dual.shape[1]
     eye = torch.eye(size, dtype=torch.float64, device=system.proto.device)
-    rows = [dual._observe(dual._spread(part)) for part in eye.split(GRAM_PASS)]
-    gram = torch.cat(rows)
+    rows = [dual._observe(dual._spread(part)) for part in eye.split(GRAM_PASS) if size]
+    gram = torch.cat([eye[:0], *rows])
     return (gram + gram.mT) / 2
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..operators.apply import apply_rows
+from ..operators.base import MatrixFreeOperator
 from .dots import row_norms
 from .status import SEVERITY, Code, Status
 
@@ -65,6 +66,9 @@ class Product:
     def __init__(self, operator: RowProduct, dtype: torch.dtype, like: Tensor) -> None:
         self.operator, self.count = operator, 0
         self.mixed = dtype != like.dtype
+        self.buffer: Tensor | None = None
+        if isinstance(operator, MatrixFreeOperator):
+            self.buffer = torch.empty_like(like, dtype=dtype)
         if self.mixed:
             self.narrow = torch.empty_like(like, dtype=dtype)
             self.wide = torch.empty_like(like)
@@ -81,6 +85,8 @@ class Product:
 
     def _product(self, v: Tensor) -> Tensor:
         self.count += 1
+        if isinstance(self.operator, MatrixFreeOperator) and self.buffer is not None:
+            return self.operator._rows_into(v, self.buffer)
         if isinstance(self.operator, LinearOperator):
             out: Tensor = apply_rows(self.operator, v)
             return out

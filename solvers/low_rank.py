@@ -196,7 +196,10 @@ def low_rank(
         alone = _one_stage(system, t)
         step = LowRankStep(stage, L, L.new_zeros(0, 0), alone)
         W = torch.cat(
-            [step.control_product(step.control_product_t(part)) @ L.mT for part in L.split(COLUMNS)]
+            [
+                L.new_zeros(0, len(L)),
+                *(step.control_product(step.control_product_t(p)) @ L.mT for p in _passes(L)),
+            ]
         ).double()
         inner = (W + W.mT) / 2
         inner.diagonal().add_(1)
@@ -204,8 +207,8 @@ def low_rank(
         steps.append(step)
         # (I + W)^{-1/2} may be any factor of (I + W)^{-1}: the triangular one is cheapest.
         turned = torch.linalg.solve_triangular(step.cholesky, L.double(), upper=False).to(L.dtype)
-        parts = []
-        for part in turned.split(COLUMNS):
+        parts = [L.new_zeros(0, size_of(stage.state))]
+        for part in _passes(turned):
             back, _ = stage.backward(from_rows(part, stage.next_state), None, need_control=False)
             parts.append(to_rows(back, stage.state, part, len(part)))
         rows = torch.cat(parts)
@@ -226,6 +229,11 @@ def _one_stage(system: System, t: int) -> System:
         owned=(tuple(range(len(owned))),),
         affine=(),
     )
+
+
+def _passes(rows: Tensor) -> list[Tensor]:
+    """At most `COLUMNS` rows at a time; nothing where the rank is zero."""
+    return [part for part in rows.split(COLUMNS) if len(part)]
 
 
 def _compress(rows: Tensor) -> Tensor:

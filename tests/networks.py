@@ -311,7 +311,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
         shape = (n, length, self.heads, width // self.heads)
-        q, k, v = (y.view(*shape).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (y.view(*shape).transpose(1, 2) for y in (q, k, v))
         scores = q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5
         scores = scores.masked_fill(~self.causal[:length, :length], float("-inf"))
         mixed = torch.einsum("nhls,nhsd->nhld", scores.softmax(-1), v)
@@ -437,7 +438,7 @@ def cross_attention():
             self.other = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True)
 
         def forward(self, x: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-            keys = torch.cat([memory, memory.new_ones(memory.shape[:-1] + (1,))], dim=-1)
+            keys = torch.cat([memory, memory.new_ones((*memory.shape[:-1], 1))], dim=-1)
             x = self.same(x, keys, keys, key_padding_mask=padding, need_weights=False)[0]
             return self.other(x, memory, memory[..., :2])[0]
 

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import torch
-from llqr_mf.network import Layer, Linearization, build_stages, linearize, split, with_curvature
 from llqr_mf.operators import ControlCost, System
 from networks import as_tuple
 from torch import Tensor, nn
+
+from llqr_mf.network import Layer, Linearization, build_stages, linearize, split, with_curvature
 
 
 def system_of(

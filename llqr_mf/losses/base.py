@@ -38,6 +38,10 @@ class Loss(ABC):
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss, a scalar tensor in float32 or better."""
 
+    def mass(self, outputs: Tensor, targets: Tensor) -> float:
+        """What the mean divides by, so that means over batches can be averaged."""
+        return float(self.count(outputs, targets))
+
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gradient of the mean in the outputs, of their shape and dtype."""
         with torch.inference_mode(False), torch.enable_grad():

@@ -115,6 +115,10 @@ class CrossEntropy(Loss):
             return outputs.numel() // outputs.shape[self._axis(outputs, targets)]
         return int(self._counted(outputs, targets).sum())
 
+    def mass(self, outputs: Tensor, targets: Tensor) -> float:
+        """The class weights of the counted positions, added up."""
+        return float(self._normaliser(widen(outputs), targets))
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean, exactly as torch's."""
         axis = self._axis(outputs, targets)

@@ -49,6 +49,10 @@ class Metric(ABC):
         """P_T, of the outputs' shape; None where the divergence's gradient vanishes."""
         return None
 
+    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+        """What the curvature's mean divides by, so that means over batches can be averaged."""
+        return float(loss.count(outputs, targets))
+
     @property
     def state_costs(self) -> Mapping[str | int, StateCostSpec]:
         """Costs on layers' outputs; none unless the metric says so."""

@@ -66,3 +66,7 @@ class Divergence(Metric):
                 "coincide: write it without roots, norms or divisions that vanish there, such as "
                 "(y - y0).square().sum() for norm(y - y0)**2."
             )
+
+    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+        """The number of samples."""
+        return float(len(outputs))

@@ -19,3 +19,7 @@ class GaussNewton(Metric):
     def terminal(self, loss: Loss, outputs: Tensor, targets: Tensor) -> OutputCurvature:
         """The loss's Hessian, shape (N*D, N*D)."""
         return loss.hessian(outputs, targets)
+
+    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+        """That of the loss, whose Hessian this is."""
+        return loss.mass(outputs, targets)

@@ -27,3 +27,7 @@ class Newton(Metric):
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss's gradient, of the outputs' shape."""
         return loss.gradient(outputs, targets)
+
+    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+        """That of the loss, whose Hessian this is."""
+        return loss.mass(outputs, targets)

@@ -24,3 +24,7 @@ class SquaredError(Metric):
             (), 1 / len(outputs), dtype=at_least_float32(outputs.dtype), device=outputs.device
         )
         return DiagonalCurvature(outputs.new_empty(0), diagonal=h.expand(outputs.shape))
+
+    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+        """The number of samples."""
+        return float(len(outputs))

@@ -57,6 +57,10 @@ class StateCosts(Metric):
         """The base's Q_T, shape (N*D, N*D)."""
         return self.base.terminal(loss, outputs, targets)
 
+    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+        """The base's."""
+        return self.base.mass(loss, outputs, targets)
+
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The base's p_T, of the outputs' shape."""
         return self.base.costate(loss, outputs, targets)

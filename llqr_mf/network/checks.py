@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .copies import shared_copy
 from .modes import curvature_pass
 from .split import Layer
-from .tracing import Program, shared_copy
+from .tracing import Program
 
 
 def check_layers(layers: Sequence[Layer]) -> None:
@@ -78,7 +79,10 @@ def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise ValueError(f"{name} is empty, of shape {tuple(tensor.shape)}: give samples.")
         if tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor).all()):
+            finite = torch.isfinite(tensor)
+            if name not in ("inputs[0]", "targets"):
+                finite |= torch.isneginf(tensor)  # an additive attention mask
+            if not bool(finite.all()):
                 raise ValueError(f"{name} has entries that are NaN or infinite.")
             if name.startswith("inputs") and tensor.dtype != first.dtype:
                 raise ValueError(

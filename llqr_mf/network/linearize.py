@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..rules import Call, Node, Slot, is_active_leaf, linearize_call
 from .modes import curvature_pass
@@ -50,6 +50,7 @@ class Linearization:
         parameters: Names of the trainable parameters.
         inputs: Ids of the network's inputs.
         output: Id of the network's output.
+        complex_values: Ids of the values that are complex.
         outputs: The network's output.
     """
 
@@ -59,6 +60,7 @@ class Linearization:
     inputs: tuple[int, ...]
     output: int
     outputs: Tensor
+    complex_values: frozenset[int] = frozenset()
 
 
 def linearize(
@@ -88,19 +90,31 @@ class _Run:
         self.controls = {id(p): Slot(i, p.detach()) for i, (_, p) in enumerate(trainable)}
         self.shapes = {slot.id: tuple(slot.value.shape) for slot in self.controls.values()}
         self.next_id = len(trainable)
+        self.complex_values: set[int] = set()
         self.env: dict[fx.Node, Any] = {}
+        # The model's tensors of now: a forward may have put new buffers in place of the traced.
+        model = program.model
+        self.tensors: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+        self.tensors |= dict(model.named_parameters(remove_duplicate=False))
 
     def over(self, layers: Sequence[Layer], inputs: tuple[Any, ...]) -> Linearization:
         placed = {node: layer.index for layer in layers for node in layer.nodes}
         readers = {node: len(node.users) for node in self.program.graph.nodes}
         bound: list[list[BoundNode]] = [[] for _ in layers]
+        expected = sum(node.op == "placeholder" for node in self.program.graph.nodes)
+        if expected != len(inputs):
+            raise ValueError(
+                f"inputs holds {len(inputs)} tensors and the layers were made for {expected}: for "
+                "arguments with a default, give split() the same tuple as example_inputs."
+            )
         given = iter(inputs)
         input_ids: list[int] = []
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 self.env[node] = self._input(next(given), input_ids)
             elif node.op == "get_attr":
-                self.env[node] = self._tensor(self.program.tensors[str(node.target)])
+                name = str(node.target)
+                self.env[node] = self._tensor(name, self.program.tensors[name])
             elif node.op == "output":
                 return self._finish(node, bound, input_ids)
             else:
@@ -131,6 +145,7 @@ class _Run:
             inputs=tuple(input_ids),
             output=output.id,
             outputs=output.value,
+            complex_values=frozenset(self.complex_values),
         )
 
     def _input(self, value: Any, ids: list[int]) -> Any:
@@ -140,13 +155,16 @@ class _Run:
         ids.append(slot.id)
         return slot
 
-    def _tensor(self, tensor: Tensor) -> Any:
+    def _tensor(self, name: str, traced: Tensor) -> Any:
+        tensor = self.tensors.get(name, traced)
         return self.controls.get(id(tensor), tensor.detach())
 
     def _slot(self, value: Tensor) -> Slot:
         slot = Slot(self.next_id, value)
         self.shapes[slot.id] = tuple(value.shape)
         self.next_id += 1
+        if value.is_complex():
+            self.complex_values.add(slot.id)
         return slot
 
     def _resolve(self, args: Any) -> Any:
@@ -156,7 +174,7 @@ class _Run:
         args, kwargs = self._resolve(node.args), dict(self._resolve(node.kwargs))
         owner = node.meta["owner"]
         if node.op == "call_module":
-            function, slots = self._module_call(self.program.modules[str(node.target)])
+            function, slots = self._module_call(str(node.target))
             args = (slots, *args)
         elif node.op == "call_method":
             name = "reshape" if node.target == "view" and _sizes_only(args[1:]) else node.target
@@ -165,14 +183,20 @@ class _Run:
             function = node.target
         return Call(function, tuple(args), kwargs, owner, self.second_order)
 
-    def _module_call(self, module: nn.Module) -> tuple[Any, list[Any]]:
+    def _module_call(self, path: str) -> tuple[Any, list[Any]]:
         """A whole module as a function of its parameters; its buffers are never written to."""
+        module = self.program.modules[path]
+        prefix = f"{path}." if path else ""
         names = [name for name, _ in module.named_parameters()]
-        slots = [self._tensor(p) for p in module.parameters()]
+        slots = [self._tensor(prefix + name, p) for name, p in module.named_parameters()]
+        overwrites = any(map(_may_overwrite, module.modules()))
 
         def call(parameters: list[Tensor], *args: Any, **kwargs: Any) -> Any:
             state: dict[str, Tensor] = dict(zip(names, parameters, strict=True))
-            state |= {name: b.clone() for name, b in module.named_buffers()}
+            for name, traced in module.named_buffers():
+                state[name] = self.tensors.get(prefix + name, traced).clone()
+            if overwrites:
+                args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
             return torch.func.functional_call(module, state, args, kwargs)
 
         return call, slots
@@ -184,7 +208,12 @@ class _Run:
             return call.evaluate()
         linearized = linearize_call(call)
         leaves, spec = tree_flatten(linearized.result)
-        slots = [self._slot(leaf) if is_active_leaf(leaf) else leaf for leaf in leaves]
+        _refuse_opaque(leaves, node, call.owner)
+        moves = iter(linearized.moves or ())
+        slots = [
+            self._slot(leaf) if is_active_leaf(leaf) and next(moves, True) else leaf
+            for leaf in leaves
+        ]
         ids = tuple(slot.id for slot in slots if isinstance(slot, Slot))
         if not ids:
             return linearized.result
@@ -194,6 +223,22 @@ class _Run:
         return tree_unflatten(slots, spec)
 
 
+def _may_overwrite(module: nn.Module) -> bool:
+    """Whether a module may write to its inputs: user code, or an activation told to."""
+    return not type(module).__module__.startswith("torch.nn") or bool(
+        getattr(module, "inplace", False)
+    )
+
+
+def _refuse_opaque(leaves: Sequence[Any], node: fx.Node, owner: str) -> None:
+    """A derivative would be lost in an object that cannot be looked into."""
+    for leaf in leaves:
+        if node.op == "call_module" and hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor):
+            raise ValueError(
+                f"module '{owner}' returns a {type(leaf).__name__}: let it return tensors, or "
+                "tuples, lists or dictionaries of them."
+            )
+
+
 def _sizes_only(args: tuple[Any, ...]) -> bool:
     return all(not isinstance(leaf, torch.dtype) for leaf in tree_leaves(args))
-

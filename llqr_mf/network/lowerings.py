@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..rules.arithmetic import identity
+from ..rules.base import register
+from ..rules.structural import linear_map
+
 Lowering = Callable[..., Any]
 
 LOWERINGS: dict[type[nn.Module], Lowering] = {}
@@ -88,24 +92,41 @@ def _attention(
             )
             for i, x in enumerate((query, key, value))
         )
-    if not m.batch_first:
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     heads = m.num_heads
-    q, k, v = (x.unflatten(-1, (heads, width // heads)).transpose(1, 2) for x in (q, k, v))
-    mask = _attention_mask(attn_mask, key_padding_mask, q, k, heads)
+    q, k, v = (_split_heads(x, heads, m.batch_first) for x in (q, k, v))
+    mask = None
+    if attn_mask is not None or key_padding_mask is not None:
+        mask = _merged_mask(attn_mask, key_padding_mask, q, heads)
     dropout = m.dropout if m.training else 0.0
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    mixed = mixed.transpose(1, 2).flatten(2)
-    if not m.batch_first:
-        mixed = mixed.transpose(0, 1)
+    mixed = F.linear(_join_heads(mixed, m.batch_first), m.out_proj.weight, m.out_proj.bias)
+    if m.training and m.batch_first:
+        mixed = _length_first_memory(mixed)
     # The attention weights are an output for people, not for the loss.
-    return F.linear(mixed, m.out_proj.weight, m.out_proj.bias), None
+    return mixed, None
 
 
-def _attention_mask(attn_mask: Any, padding: Any, q: Any, k: Any, heads: int) -> Any:
-    if attn_mask is None and padding is None:
-        return None
-    return _merged_mask(attn_mask, padding, q, heads)
+@torch.fx.wrap
+def _split_heads(x: Any, heads: int, batch_first: bool) -> Any:
+    """(N, L, E), (L, N, E) or (L, E) to (N, heads, L, E / heads) or without N."""
+    x = x.unflatten(-1, (heads, -1))
+    return x.transpose(-3, -2) if batch_first or x.ndim == 3 else x.movedim(0, -2)
+
+
+@torch.fx.wrap
+def _join_heads(x: Any, batch_first: bool) -> Any:
+    """The inverse of `_split_heads`."""
+    x = x.transpose(-3, -2) if batch_first or x.ndim == 3 else x.movedim(-2, 0)
+    return x.flatten(-2)
+
+
+@torch.fx.wrap
+def _length_first_memory(x: Any) -> Any:
+    """The same values in the memory order of the module's own output.
+
+    A dropout that follows draws its mask in that order.
+    """
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim == 3 else x
 
 
 @torch.fx.wrap
@@ -118,10 +139,14 @@ def _merged_mask(attn_mask: Any, padding: Any, q: Any, heads: int) -> Any:
     total: Any = 0.0
     if attn_mask is not None:
         mask = additive(attn_mask)
-        total = mask.unflatten(0, (-1, heads)) if mask.ndim == 3 else mask
+        total = mask.unflatten(0, (-1, heads)) if mask.ndim == 3 and q.ndim == 4 else mask
     if padding is not None:
-        total = total + additive(padding)[:, None, None, :]
+        total = total + additive(padding)[..., None, None, :]
     return total
+
+
+register(_split_heads, _join_heads)(linear_map)
+register(_length_first_memory)(identity)
 
 
 @lowers(nn.TransformerEncoderLayer)

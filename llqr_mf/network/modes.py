@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+_BATCH_FLAGS = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
+_SIGNATURES = {function: inspect.signature(function) for function in _BATCH_FLAGS}
 
-class _BatchStatisticsStay(TorchFunctionMode):
-    """Train-mode normalisation without the running statistics, which it would move."""
+
+class _Differentiable(TorchFunctionMode):
+    """Train-mode norms without the running statistics, and weight norm without its fused kernel.
+
+    A train-mode norm would move the statistics. The fused kernel's second backward is silently
+    wrong on torch 2.13 (found against finite differences; test_split.py holds the case).
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.batch_norm and args[5]:
+        kwargs = kwargs or {}
+        if func in _BATCH_FLAGS:
+            bound = _SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            if bound.arguments[_BATCH_FLAGS[func]]:
+                bound.arguments.update(running_mean=None, running_var=None)
+            return func(*bound.args, **bound.kwargs)
+        if func in (torch.batch_norm, torch.instance_norm) and args[5]:
             args = (*args[:3], None, None, *args[5:])
-        elif func is torch.instance_norm and args[5]:
-            args = (*args[:3], None, None, *args[5:])
-        return func(*args, **(kwargs or {}))
+        elif func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager
 def curvature_pass(device: torch.device) -> Iterator[None]:
     """Attention by the MATH backend, batch statistics fixed, random state put back.
 
-    The fused attention kernels have neither a forward-mode derivative nor a second backward. The
+    The fused attention kernels have neither a forward-mode derivative nor a second backward; the
+    fast path of the Transformer modules zeroes what is padded, which training does not. The
     random state is the caller's at entry, so dropout draws the masks that the model's own next
     forward would draw, and it is the same again at exit.
     """
     devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        sdpa_kernel(SDPBackend.MATH),
-        _BatchStatisticsStay(),
-    ):
-        yield
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            sdpa_kernel(SDPBackend.MATH),
+            _Differentiable(),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

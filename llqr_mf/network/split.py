@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from .tracing import Program, is_inert, required_inputs, shared_copy, trace
-
-LayerSpec = nn.Module | Callable[..., Any] | tuple[Callable[..., Any], Mapping[str, Tensor]]
+from .chain import Chain, LayerSpec, chain_by_hooks, run_chain
+from .tracing import Program, is_inert, required_inputs, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +58,8 @@ def split(
 
     Args:
         model: A module, or a list of layers: modules, functions f(x), or pairs (f, parameters)
-            of a function f(parameters, x) and a dictionary of tensors. In a list each item is
-            one layer.
+            of a function f(parameters, x) and a dictionary of tensors, all of them trained. In a
+            list each item is one layer.
         cuts: Names of modules; each ends a layer, and there are no other cuts.
         example_inputs: A batch, needed only for a model whose own code cannot be traced: hooks
             then show which modules it calls in a chain.
@@ -72,41 +70,56 @@ def split(
     Raises:
         ValueError: A cut names no module, the list is empty, or the model cannot be traced.
     """
-    if isinstance(model, nn.Module):
-        root, ends = model, cuts
-    else:
-        root = _chain(model)
-        ends = [str(i) for i in range(len(model))]
+    if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList):
         if cuts is not None:
             raise ValueError("cuts go with a module; in a list every item is one layer already.")
-    count = required_inputs(root)
-    if example_inputs is not None:
-        count = len(example_inputs) if isinstance(example_inputs, tuple) else 1
-    program = trace(root, lambda twin, *args: twin(*args), count)
+        return _split_list(model, example_inputs)
+    count = _count(example_inputs) or required_inputs(model)
+    program = trace(model, lambda twin, *args: twin(*args), count)
     if "" in program.whole and example_inputs is not None:
-        names = _chain_by_hooks(root, example_inputs)
+        names = chain_by_hooks(model, example_inputs)
         if names is not None:
-            program = trace(root, _run_chain(names), count)
-    groups = _automatic(program) if ends is None else _at_cuts(program, ends)
-    return _layers(program, groups)
+            program = trace(model, run_chain(names), count)
+    groups = _automatic(program) if cuts is None else _at_cuts(program, cuts)
+    passive = _passive(program)
+    return _layers(program, groups, [_group_name(group, passive) for group in groups])
 
 
-def _layers(program: Program, groups: list[list[fx.Node]]) -> list[Layer]:
+def _split_list(
+    items: Sequence[LayerSpec], example_inputs: Tensor | tuple[Tensor, ...] | None
+) -> list[Layer]:
+    chain = Chain.of(items)
+    count = _count(example_inputs) or required_inputs(chain[0])
+    sizes: list[int] = []
+    program = trace(chain, lambda twin, *args: twin.run(*args, sizes=sizes), count)
+    groups: list[list[fx.Node]] = [[] for _ in sizes]
+    for place, node in enumerate(program.graph.nodes):
+        if node.op.startswith("call"):
+            item = min(bisect_right(sizes, place), len(sizes) - 1)
+            groups[item].append(node)
+    return _layers(program, groups, [str(i) for i in range(len(groups))])
+
+
+def _count(example_inputs: Tensor | tuple[Tensor, ...] | None) -> int:
+    return len(example_inputs) if isinstance(example_inputs, tuple) else example_inputs is not None
+
+
+def _layers(program: Program, groups: list[list[fx.Node]], names: Sequence[str]) -> list[Layer]:
     canonical = {id(p): name for name, p in program.model.named_parameters()}
     seen: set[str] = set()
     used: dict[str, int] = {}
     layers = []
-    for index, nodes in enumerate(groups):
+    passive = _passive(program)
+    for index, (nodes, path) in enumerate(zip(groups, names, strict=True)):
         parameters = {}
         for parameter in (p for node in nodes for p in _parameters(program, node)):
             name = canonical.get(id(parameter))
             if name is not None and name not in seen and parameter.requires_grad:
                 seen.add(name)
                 parameters[name] = parameter
-        calls = tuple(_call_name(node) for node in nodes if not is_inert(node))
-        name = _group_name(nodes)
-        used[name] = used.get(name, 0) + 1
-        label = name if used[name] == 1 else f"{name}#{used[name]}"
+        calls = tuple(_call_name(node) for node in nodes if node not in passive)
+        used[path] = used.get(path, 0) + 1
+        label = path if used[path] == 1 else f"{path}#{used[path]}"
         layers.append(Layer(label, index, parameters, calls, program, tuple(nodes)))
     return layers
 
@@ -120,8 +133,9 @@ def _automatic(program: Program) -> list[list[fx.Node]]:
     groups: list[list[fx.Node]] = []
     waiting: list[fx.Node] = []
     owner, parametrised = None, False
+    passive = _passive(program)
     for node in _calls(program):
-        if is_inert(node):
+        if node in passive:
             waiting.append(node)
             continue
         has_parameters = any(True for _ in _parameters(program, node))
@@ -136,6 +150,17 @@ def _automatic(program: Program) -> list[list[fx.Node]]:
     if not groups:
         raise ValueError("the model makes no call that could be a layer: it returns its input.")
     return groups
+
+
+def _passive(program: Program) -> set[fx.Node]:
+    """Calls that no control or input can move: shapes, masks, positions."""
+    passive: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        fixed = node.op == "get_attr" and not program.tensors[str(node.target)].requires_grad
+        called = node.op in ("call_function", "call_method")
+        if fixed or is_inert(node) or (called and passive.issuperset(node.all_input_nodes)):
+            passive.add(node)
+    return passive
 
 
 def _at_cuts(program: Program, ends: Sequence[str]) -> list[list[fx.Node]]:
@@ -153,6 +178,8 @@ def _at_cuts(program: Program, ends: Sequence[str]) -> list[list[fx.Node]]:
             f"cut '{missing[0]}' names no module that is called; the modules are {known}."
         )
     bounds = sorted({*last.values(), len(nodes) - 1})
+    if len(bounds) > 1 and _passive(program).issuperset(nodes[bounds[-2] + 1 :]):
+        del bounds[-2]
     starts = [0, *(b + 1 for b in bounds[:-1])]
     return [nodes[a : b + 1] for a, b in zip(starts, bounds, strict=True)]
 
@@ -173,9 +200,9 @@ def _call_name(node: fx.Node) -> str:
     return str(node.target)
 
 
-def _group_name(nodes: list[fx.Node]) -> str:
+def _group_name(nodes: list[fx.Node], passive: set[fx.Node]) -> str:
     """The innermost module that holds all of the layer's calls, or its first call's name."""
-    active = [node for node in nodes if not is_inert(node)] or nodes
+    active = [node for node in nodes if node not in passive] or nodes
     paths = [node.meta["owner"].split(".") for node in active]
     common = []
     for parts in zip(*paths, strict=False):
@@ -183,94 +210,3 @@ def _group_name(nodes: list[fx.Node]) -> str:
             break
         common.append(parts[0])
     return ".".join(common) or _call_name(active[0])
-
-
-# ---- lists of callables, and chains that only hooks can see
-
-
-class _FunctionLayer(nn.Module):
-    """A user's function f(x) or f(parameters, x) as a module."""
-
-    def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.names = list(parameters)
-        for name, tensor in parameters.items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_parameter(name, nn.Parameter(tensor.detach()))
-
-    def forward(self, x: Any) -> Any:
-        if not self.names:
-            return self.function(x)
-        return self.function({name: getattr(self, name) for name in self.names}, x)
-
-
-def _chain(items: Sequence[LayerSpec]) -> nn.Module:
-    if isinstance(items, nn.ModuleList):
-        items = list(items)
-    if not items:
-        raise ValueError("the list of layers is empty: give at least one module or callable.")
-    modules = []
-    for i, item in enumerate(items):
-        if isinstance(item, nn.Module):
-            modules.append(item)
-        elif isinstance(item, tuple) and len(item) == 2 and callable(item[0]):
-            modules.append(_FunctionLayer(item[0], item[1]))
-        elif callable(item):
-            modules.append(_FunctionLayer(item, {}))
-        else:
-            raise ValueError(
-                f"layer {i} is a {type(item).__name__}: give a module, a function f(x), or a "
-                "pair (f, parameters) of a function f(parameters, x) and a dictionary."
-            )
-    return nn.Sequential(*modules)
-
-
-def _run_chain(names: list[str]) -> Callable[..., Any]:
-    def run(twin: nn.Module, x: Any) -> Any:
-        for name in names:
-            x = twin.get_submodule(name)(x)
-        return x
-
-    return run
-
-
-def _chain_by_hooks(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...]
-) -> list[str] | None:
-    """Names of the children that the model calls one after another, if that is all it does."""
-    inputs = example if isinstance(example, tuple) else (example,)
-    twin = shared_copy(model)
-    if twin is model or len(inputs) != 1:
-        return None
-    calls: list[tuple[str, Any, Any]] = []
-    depth = 0
-
-    def before(module: nn.Module, args: Any) -> None:
-        nonlocal depth
-        depth += 1
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            nonlocal depth
-            depth -= 1
-            if depth == 0:
-                calls.append((name, args, output))
-
-        return hook
-
-    for name, module in twin.named_modules():
-        if name:
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after(name))
-    buffers = {name: b.clone() for name, b in twin.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng():
-        output = torch.func.functional_call(twin, buffers, inputs)
-    current: Any = inputs[0]
-    for _, args, result in calls:
-        if len(args) != 1 or args[0] is not current:
-            return None
-        current = result
-    return [name for name, _, _ in calls] if calls and current is output else None

@@ -47,7 +47,8 @@ class NetworkStage:
     def forward(self, x: Tangent, u: Tangent) -> tuple[Tangent, Any]:
         """A x + B u; the record is the tangents, kept only where curvature will read them."""
         moved: dict[int, Tensor] = {
-            i: v for i, v in zip((*self.state_ids, *self.control_ids), (*x, *u), strict=True)
+            i: v
+            for i, v in zip((*self.state_ids, *self.control_ids), (*x, *u), strict=True)
             if v is not None
         }
         for bound in self.nodes:
@@ -149,15 +150,21 @@ def build_stages(linearization: Linearization, proto: Tensor) -> list[NetworkSta
                 last[i] = max(last.get(i, -1), t)
             for i in bound.outputs:
                 first[i] = t
+    first.setdefault(linearization.output, 0)
     controls: list[list[int]] = [[] for _ in range(T)]
     for i in range(parameters):
         # A parameter that nothing reads is a control without effect: a zero column of B_0.
         controls[first.get(i, 0)].append(i)
-    states = [
-        tuple(sorted(i for i in last if first[i] < t <= last[i])) for t in range(T)
-    ]
+    states = [tuple(sorted(i for i in last if first[i] < t <= last[i])) for t in range(T)]
     states[0] = linearization.inputs
     states.append((linearization.output,))
+    for t, state in enumerate(states):
+        if linearization.complex_values.intersection(state):
+            raise ValueError(
+                f"the state between layers {t - 1} and {t} is complex: let one module (or one item "
+                "of a list) hold the code from the first complex value to the last, or give "
+                "split() `cuts` that keep it together."
+            )
     shapes = linearization.shapes
     return [
         NetworkStage(
@@ -174,9 +181,7 @@ def build_stages(linearization: Linearization, proto: Tensor) -> list[NetworkSta
     ]
 
 
-def with_curvature(
-    stages: Sequence[NetworkStage], costate: Tensor
-) -> list[NetworkStage]:
+def with_curvature(stages: Sequence[NetworkStage], costate: Tensor) -> list[NetworkStage]:
     """The stages with the second derivatives of <p_{t+1}, f_t>; p is pulled back from the output.
 
     Args:
@@ -184,6 +189,8 @@ def with_curvature(
         costate: p_T, the gradient at the output of the loss or divergence.
     """
     p: Tangent = (costate.unsqueeze(0),)
+    # Parameters and inputs have no layer before them: their cotangents would be thrown away.
+    made = {i for stage in stages for bound in stage.nodes for i in bound.outputs}
     curved: list[NetworkStage] = []
     for stage in reversed(stages):
         sums = {i: c for i, c in zip(stage.next_ids, p, strict=True) if c is not None}
@@ -195,9 +202,9 @@ def with_curvature(
                 continue
             costates = [None if c is None else c[0] for c in cotangents]
             curvatures.append(bound.node.curvature_all(costates))
-            everything = [True] * len(bound.inputs)
-            pulled = bound.node.pull_all(cotangents, everything, [None] * len(everything))
-            _accumulate(sums, bound.inputs, pulled, set(bound.inputs))
+            needed = [i in made for i in bound.inputs]
+            pulled = bound.node.pull_all(cotangents, needed, [None] * len(needed))
+            _accumulate(sums, bound.inputs, pulled, made)
         p = tuple(sums.get(i) for i in stage.state_ids)
         curved.append(replace(stage, curvatures=tuple(reversed(curvatures))))
     return curved[::-1]

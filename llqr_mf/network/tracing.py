@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .copies import shared_copy
+from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
 
-_INERT_METHODS = {"size", "dim", "numel", "ndimension", "is_floating_point", "element_size"}
+_SHARED_MEMORY = "it overwrites memory that a value read later shares"
 
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
+_INERT_METHODS = {"size", "dim", "numel", "ndimension", "is_floating_point", "element_size"}
+_INERT_ATTRIBUTES = {
+    *["shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"],
+    *["nbytes", "is_leaf", "is_sparse", "is_quantized", "names"],
 }
 
 
@@ -66,13 +66,13 @@ class _Tracer(fx.Tracer):
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module] = {}
         self.stack: list[str] = [""]
+        self.called: set[str] = {""}
         self.failed: tuple[str, str] | None = None
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.paths.setdefault(id(m), f"{type(m).__name__}@{len(self.paths)}")
         self.stack.append(path)
+        self.called.add(path)
         try:
             if path in self.whole or not _is_open(m):
                 self.modules[path] = m
@@ -104,6 +104,17 @@ class _Tracer(fx.Tracer):
             return self.create_node("get_attr", self._register(a), (), {})
         return super().create_arg(a)
 
+    def common_module(self, owners: Iterable[str]) -> str:
+        """The innermost module that was called and holds all of these."""
+        parts = [owner.split(".") for owner in owners]
+        common = list(parts[0])
+        for other in parts[1:]:
+            agree = [a == b for a, b in zip(common, other, strict=False)]
+            common = common[: agree.index(False) if False in agree else len(agree)]
+        while common and ".".join(common) not in self.called:
+            common.pop()
+        return ".".join(common)
+
     def _register(self, tensor: Tensor) -> str:
         name = self.names.setdefault(id(tensor), f"_constant{len(self.names)}")
         self.tensors[name] = tensor
@@ -122,12 +133,17 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
         run: Called with a copy of the model and the inputs' symbols.
         inputs: How many inputs there are.
     """
-    twin = shared_copy(model)
     whole: dict[str, str] = {}
     while True:
+        # A new copy each time: what a traced forward stores on its module are symbols.
+        twin = shared_copy(model)
         tracer = _Tracer(twin, whole)
         try:
-            graph = tracer.trace(_with_arity(lambda *args: run(twin, *args), inputs))
+            graph = tracer.trace(_with_arity(partial(run, twin), inputs))
+            entangled = make_out_of_place(graph)
+            if entangled is not None:
+                tracer.failed = (tracer.common_module(entangled), _SHARED_MEMORY)
+                raise ValueError(_SHARED_MEMORY)
         except Exception as error:
             if tracer.failed is None:
                 raise
@@ -138,7 +154,6 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
                 ) from error
             whole[path] = reason
             continue
-        make_out_of_place(graph)
         return Program(
             graph=graph,
             tensors=tracer.tensors,
@@ -147,16 +162,6 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
             modes={name: module.training for name, module in model.named_modules()},
             whole=whole,
         )
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree with the same tensors, so that tracing leaves no mark on it."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    memo |= {id(b): b for b in model.buffers()}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception:  # a module may hold what cannot be copied: a lock, a file, a generator
-        return model
 
 
 def required_inputs(model: nn.Module) -> int:
@@ -170,30 +175,6 @@ def required_inputs(model: nn.Module) -> int:
     return max(1, len(required))
 
 
-def make_out_of_place(graph: fx.Graph) -> None:
-    """Turns calls that overwrite their first argument into calls that return it.
-
-    Later readers of the overwritten value read the result instead, as they would have.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if not _overwrites(node):
-            continue
-        target = node.args[0]
-        if isinstance(target, fx.Node):
-            later = {user for user in target.users if order[user] > order[node]}
-            for user in later:
-                user.replace_input_with(target, node)
-        if node.op == "call_method":
-            node.target = node.target[:-1]
-        elif node.target in _OUT_OF_PLACE:
-            node.target = _OUT_OF_PLACE[node.target]
-        elif node.target.__name__.endswith("_"):
-            node.target = getattr(torch, node.target.__name__[:-1])
-        else:
-            _set_argument(node, "inplace", False)
-
-
 def is_inert(node: fx.Node) -> bool:
     """Whether a call returns a shape, a number or another thing without a derivative."""
     if node.op in ("placeholder", "get_attr"):
@@ -201,49 +182,9 @@ def is_inert(node: fx.Node) -> bool:
     if node.op == "call_method" and node.target in _INERT_METHODS:
         return True
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] not in ("T", "mT", "data")
+        return node.args[1] in _INERT_ATTRIBUTES
     above = node.all_input_nodes
     return bool(above) and all(is_inert(n) for n in above)
-
-
-def _overwrites(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1])
-    if node.op != "call_function":
-        return False
-    if node.target in _OUT_OF_PLACE:
-        return True
-    name = getattr(node.target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1]):
-        return True
-    return bool(_get_argument(node, "inplace"))
-
-
-def _signature(node: fx.Node) -> inspect.Signature | None:
-    try:
-        return inspect.signature(node.target)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-
-
-def _get_argument(node: fx.Node, name: str) -> Any:
-    if name in node.kwargs:
-        return node.kwargs[name]
-    signature = _signature(node)
-    if signature is None or name not in signature.parameters:
-        return None
-    position = list(signature.parameters).index(name)
-    return node.args[position] if position < len(node.args) else None
-
-
-def _set_argument(node: fx.Node, name: str, value: Any) -> None:
-    if name in node.kwargs:
-        node.update_kwarg(name, value)
-    else:
-        signature = _signature(node)
-        assert signature is not None
-        node.update_arg(list(signature.parameters).index(name), value)
 
 
 def _is_open(module: nn.Module) -> bool:
@@ -270,13 +211,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _with_arity(function: Callable[..., Any], arity: int) -> Callable[..., Any]:
     """The function with exactly `arity` named arguments, as `fx` wants to see them."""
-    wrappers: dict[int, Callable[..., Any]] = {
-        1: lambda a: function(a),
-        2: lambda a, b: function(a, b),
-        3: lambda a, b, c: function(a, b, c),
-        4: lambda a, b, c, d: function(a, b, c, d),
-        5: lambda a, b, c, d, e: function(a, b, c, d, e),
-    }
-    if arity not in wrappers:
-        raise ValueError(f"models with {arity} inputs are not supported: pass at most 5 tensors.")
-    return wrappers[arity]
+    names = ", ".join(f"x{i}" for i in range(arity))
+    return eval(f"lambda {names}: function({names})", {"function": function})  # type: ignore[no-any-return]

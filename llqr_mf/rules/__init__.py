@@ -4,6 +4,8 @@ A rule is a function of a `Call` that returns a `Node`, registered for the funct
 Whatever has no rule goes through `generic`.
 """
 
+from torch import Tensor
+
 # Importing a rule's file registers it.
 from . import (  # noqa: F401
     arithmetic,
@@ -15,7 +17,7 @@ from . import (  # noqa: F401
     norms,
     structural,
 )
-from .base import RULES, Call, Node, Slot
+from .base import RULES, Call, Node, Slot, plain
 from .generic import GenericNode, is_active_leaf
 
 __all__ = ["RULES", "Call", "GenericNode", "Node", "Slot", "is_active_leaf", "linearize_call"]
@@ -23,6 +25,12 @@ __all__ = ["RULES", "Call", "GenericNode", "Node", "Slot", "is_active_leaf", "li
 
 def linearize_call(call: Call) -> Node:
     """The node of a call: by its own rule if there is one, else by autograd."""
-    rule = RULES.get(call.function)
+    # The rules' transposes are those of real maps.
+    rule = None if any(map(_is_complex, call.leaves)) else RULES.get(call.function)
     node = None if rule is None else rule(call)
     return GenericNode(call) if node is None else node
+
+
+def _is_complex(leaf: object) -> bool:
+    value = plain(leaf)
+    return isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex())

@@ -69,9 +69,7 @@ class ProductNode(Node):
         """C x_2 and c x_1, summed over broadcast axes."""
         return [
             reduce_to(cotangent * other, value.shape) if wanted else None
-            for value, other, wanted in zip(
-                self.values, reversed(self.values), needed, strict=True
-            )
+            for value, other, wanted in zip(self.values, reversed(self.values), needed, strict=True)
         ]
 
     def curvature(self, costate: Tensor) -> Curvature | None:
@@ -82,9 +80,7 @@ class ProductNode(Node):
                 None
                 if tangent is None
                 else reduce_to(
-                    (align(tangent, len(self.shape)) * costate).expand(
-                        len(tangent), *self.shape
-                    ),
+                    (align(tangent, len(self.shape)) * costate).expand(len(tangent), *self.shape),
                     value.shape,
                 )
                 for value, tangent in zip(self.values, reversed(list(tangents)), strict=True)
@@ -96,6 +92,14 @@ class ProductNode(Node):
 def _is_one(factor: Any) -> bool:
     return isinstance(factor, int | float) and factor == 1
 
+
+def _one_dtype(first: Any, second: Any) -> bool:
+    """Whether tensors are of one dtype with the result; promotions are left to autograd."""
+    operands = plain(first), plain(second)
+    if not all(isinstance(value, Tensor | int | float) for value in operands):
+        return False
+    result = torch.result_type(*operands)
+    return all(v.value.dtype == result for v in (first, second) if isinstance(v, Slot))
 
 
 @register(operator.add, torch.add, "add", "__add__", "__radd__", operator.iadd)
@@ -116,10 +120,18 @@ def negation(call: Call) -> Node | None:
     return AffineNode(call, [(call.slots[0], -1)])
 
 
+@register("contiguous", "clone", torch.clone, operator.pos)
+def identity(call: Call) -> Node | None:
+    """Rule of calls that return their first argument, copied or not."""
+    return AffineNode(call, [(call.slots[0], 1)])
+
+
 @register(operator.mul, torch.mul, "mul", "__mul__", "__rmul__", operator.imul)
 def multiplication(call: Call) -> Node | None:
     """Rule of x y."""
     first, second = call.argument(0, "input"), call.argument(1, "other")
+    if not _one_dtype(first, second):
+        return None
     if isinstance(first, Slot) and isinstance(second, Slot):
         return ProductNode(call, first, second)
     slot, factor = (first, second) if isinstance(first, Slot) else (second, first)
@@ -130,15 +142,16 @@ def multiplication(call: Call) -> Node | None:
 def division(call: Call) -> Node | None:
     """Rule of x / c with a constant c; a quotient of two active tensors is generic."""
     first, second = call.argument(0, "input"), call.argument(1, "other")
-    if isinstance(second, Slot) or call.kwargs.get("rounding_mode"):
+    if isinstance(second, Slot) or call.kwargs.get("rounding_mode") is not None:
+        return None
+    if not _one_dtype(first, second):
         return None
     return AffineNode(call, [(first, 1 / second)])
 
 
 def _sum(call: Call, factor: Any) -> Node | None:
     first, second = call.argument(0, "input"), call.argument(1, "other")
-    result_dtype = torch.result_type(plain(first), plain(second))
-    terms = [(v, f) for v, f in ((first, 1), (second, factor)) if isinstance(v, Slot)]
-    if any(slot.value.dtype != result_dtype for slot, _ in terms):
+    if not _one_dtype(first, second):
         return None
+    terms = [(v, f) for v, f in ((first, 1), (second, factor)) if isinstance(v, Slot)]
     return AffineNode(call, terms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,11 +51,15 @@ class Call:
     owner: str
     second_order: bool
 
+    @cached_property
+    def leaves(self) -> list[Any]:
+        """All arguments, in order, out of their containers."""
+        return tree_flatten((self.args, dict(self.kwargs)))[0]
+
     @property
     def slots(self) -> list[Slot]:
         """The active arguments, in order."""
-        leaves, _ = tree_flatten((self.args, dict(self.kwargs)), is_leaf=_is_slot)
-        return [leaf for leaf in leaves if isinstance(leaf, Slot)]
+        return [leaf for leaf in self.leaves if isinstance(leaf, Slot)]
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or name; a `Slot` if it is active."""
@@ -68,12 +73,10 @@ class Call:
     def with_values(self, values: Sequence[Tensor]) -> Any:
         """The call's value with the active arguments replaced, in the order of `slots`."""
         replacement = iter(values)
-        args, kwargs = tree_map_only(Slot, lambda _: next(replacement), (self.args, dict(self.kwargs)))
+        args, kwargs = tree_map_only(
+            Slot, lambda _: next(replacement), (self.args, dict(self.kwargs))
+        )
         return self.function(*args, **kwargs)
-
-
-def _is_slot(leaf: Any) -> bool:
-    return isinstance(leaf, Slot)
 
 
 def plain(value: Any) -> Any:
@@ -94,6 +97,10 @@ class Node(ABC):
 
     couples_batch: bool | None = None
     """Whether samples interact: False when surely not, None when unknown (it is then probed)."""
+
+    moves: Sequence[bool] | None = None
+    """Which floating-point outputs depend on the active inputs; None for all. Others are left out
+    of `push_all` and `pull_all`."""
 
     per_sample = False
     """Whether outputs belong to samples though the batch is read as constants (tokens)."""
@@ -207,7 +214,5 @@ def reduce_to(cotangent: Tensor, shape: Sequence[int]) -> Tensor:
     extra = cotangent.ndim - 1 - len(shape)
     if extra:
         cotangent = cotangent.flatten(1, extra).sum(1) if extra > 1 else cotangent.sum(1)
-    dims = [
-        i + 1 for i, size in enumerate(shape) if size == 1 and cotangent.shape[i + 1] != 1
-    ]
+    dims = [i + 1 for i, size in enumerate(shape) if size == 1 and cotangent.shape[i + 1] != 1]
     return cotangent.sum(dims, keepdim=True) if dims else cotangent

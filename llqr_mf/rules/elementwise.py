@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Call, Curvature, Node, Tangents, register
+from .base import Call, Curvature, Node, Slot, Tangents, register
 
 
 class ElementwiseNode(Node):
@@ -63,11 +64,12 @@ def _bend(slope: Tensor, x: Tensor) -> Tensor | None:
     *["square", "log1p", "expm1", "clamp", torch.clamp],
 )
 def elementwise(call: Call) -> Node | None:
-    """Rule of every elementwise function whose only active argument is the first."""
-    return ElementwiseNode(call) if len(call.slots) == 1 else None
+    """Rule of every elementwise function of one tensor; bounds that are tensors may broadcast."""
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor | Slot)]
+    return ElementwiseNode(call) if len(tensors) == 1 else None
 
 
-@register(torch.pow, "pow", "__pow__")
+@register(operator.pow, operator.ipow, torch.pow, "pow", "__pow__")
 def power(call: Call) -> Node | None:
     """Rule of x ** c with a constant exponent."""
     exponent = call.argument(1, "exponent")

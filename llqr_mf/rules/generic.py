@@ -6,7 +6,8 @@ along v gives J v. It needs no forward-mode formula (LSTM has none) and no secon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class GenericNode(Node):
             self._inputs = [slot.value.detach().requires_grad_() for slot in slots]
             result = call.with_values(self._inputs)
             leaves = [leaf for leaf in tree_leaves(result) if is_active_leaf(leaf)]
-            self._moving = [leaf.requires_grad for leaf in leaves]
+            self.moves = [leaf.requires_grad for leaf in leaves]
             self._outputs = [leaf for leaf in leaves if leaf.requires_grad]
             self._seeds = [torch.zeros_like(y, requires_grad=True) for y in self._outputs]
             self._pulled = self._grad_with_graph(self._seeds)
@@ -49,9 +50,8 @@ class GenericNode(Node):
             for g, t in zip(self._pulled, tangents, strict=True)
             if g is not None and t is not None and g.requires_grad
         ]
-        moved = _grad([g for g, _ in pairs], self._seeds, [t for _, t in pairs])
-        filled = iter(moved)
-        return tuple(next(filled) if moving else None for moving in self._moving)
+        with self._explained():
+            return tuple(_grad([g for g, _ in pairs], self._seeds, [t for _, t in pairs]))
 
     def pull(
         self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]
@@ -66,8 +66,7 @@ class GenericNode(Node):
         out: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
         """J' c, from every output."""
-        moving = [c for c, moves in zip(cotangents, self._moving, strict=True) if moves]
-        pairs = [(y, c) for y, c in zip(self._outputs, moving, strict=True) if c is not None]
+        pairs = [(y, c) for y, c in zip(self._outputs, cotangents, strict=True) if c is not None]
         wanted = [x for x, need in zip(self._inputs, needed, strict=True) if need]
         pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))
         return [next(pulled) if need else None for need in needed]
@@ -78,10 +77,9 @@ class GenericNode(Node):
 
     def curvature_all(self, costates: Sequence[Tensor | None]) -> Curvature | None:
         """Second derivative of the sum of <p_i, f_i>, by reverse over reverse."""
-        moving = [p for p, moves in zip(costates, self._moving, strict=True) if moves]
         seeds = [
             torch.zeros_like(y) if p is None else p
-            for y, p in zip(self._outputs, moving, strict=True)
+            for y, p in zip(self._outputs, costates, strict=True)
         ]
         with torch.enable_grad():
             gradients = self._grad_with_graph(seeds)
@@ -95,31 +93,41 @@ class GenericNode(Node):
                 for g, t, is_live in zip(gradients, tangents, live, strict=True)
                 if is_live and g is not None and t is not None
             ]
-            return _grad([g for g, _ in pairs], self._inputs, [t for _, t in pairs])
+            with self._explained():
+                return _grad([g for g, _ in pairs], self._inputs, [t for _, t in pairs])
 
         return product
 
     def _grad_with_graph(self, seeds: Sequence[Tensor]) -> list[Tensor | None]:
         if not self._outputs:
             return [None] * len(self._inputs)
-        try:
+        with self._explained():
             return list(
                 torch.autograd.grad(
                     self._outputs, self._inputs, seeds, create_graph=True, allow_unused=True
                 )
             )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says which module has no second backward, and what can be done."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
+            where = f"'{self._owner}'" if self._owner else "the model's own code"
             raise NotImplementedError(
-                f"'{self._owner}' has no second backward pass ({error}). Curvature needs one: "
-                "replace the fused or custom function there by plain torch operations, or freeze "
-                "the module's parameters and everything before it."
+                f"{where} has no second backward pass ({error}). Curvature needs one: replace the "
+                "fused or custom function there by plain torch operations, or freeze the module's "
+                "parameters and everything before it."
             ) from error
 
 
 def _grad(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """vjp through a kept graph for k seeds at once; results have the leading axis too."""
+    """The vjp through a kept graph for k seeds at once; results have the leading axis too."""
     if not outputs or not inputs:
         return [None] * len(inputs)
     # A graph of the result is wanted only by a caller who differentiates in the seeds.
@@ -150,4 +158,4 @@ def _grad(
 
 def is_active_leaf(leaf: object) -> bool:
     """Whether an output can carry a tangent."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -181,9 +181,7 @@ class NormNode(Node):
         c = deltas * self._z if role == "weight" else deltas
         lead = len(self.shape) - len(self.broadcast)
         dims = [
-            i + 1
-            for i in range(1, len(self.shape))
-            if i < lead or self.broadcast[i - lead] == 1
+            i + 1 for i in range(1, len(self.shape)) if i < lead or self.broadcast[i - lead] == 1
         ]
         rows = c.sum(dims) if dims else c
         return row_gram(rows.reshape(deltas.shape[0] * deltas.shape[1], -1))
@@ -224,9 +222,9 @@ def layer_norm(call: Call) -> Node | None:
 def rms_norm(call: Call) -> Node | None:
     """Rule of `F.rms_norm(input, normalized_shape, weight, eps)`."""
     x, shape = call.argument(0, "input"), call.argument(1, "normalized_shape")
-    value, eps = plain(x), call.argument(3, "eps")
+    value, eps = _wide(plain(x)), call.argument(3, "eps")
     eps = torch.finfo(value.dtype).eps if eps is None else eps
-    core = Standardise(_wide(value), tuple(range(-len(shape), 0)), eps, centre=False)
+    core = Standardise(value, tuple(range(-len(shape), 0)), eps, centre=False)
     return NormNode(call, x, call.argument(2, "weight"), None, core, tuple(shape))
 
 

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .base import Call, Node, Tangents, register
+from .base import Call, Node, Slot, Tangents, register
 
 
 class LinearMapNode(Node):
-    """y = L x: the call itself pushes tangents, and its vjp pulls cotangents."""
+    """y = L x: the call itself pushes tangents, and its vjp pulls cotangents.
 
-    def __init__(self, call: Call) -> None:
+    Args:
+        call: Linear in its active arguments.
+        result: The value, which may differ from the call's by a constant.
+    """
+
+    def __init__(self, call: Call, result: Any) -> None:
         slots = call.slots
         values = [slot.value for slot in slots]
-        super().__init__(call.evaluate(), slots)
+        super().__init__(result, slots)
         self._shapes = [value.shape for value in values]
 
         def function(*given: Tensor) -> tuple[Tensor, ...]:
             return tuple(tree_leaves(call.with_values(given)))
 
         self._function = function
-        self._proto = values[0]
         # Evaluated at zeros, so that no activation is kept.
         zeros = [value.new_zeros(1).expand(value.shape) for value in values]
         outputs, self._pull = torch.func.vjp(function, *zeros)
-        self._outputs = [output.shape for output in outputs]
+        # One element each, which carries dtype and device of an absent tangent.
+        self._ins = [value.new_zeros(1) for value in values]
+        self._outs = [(output.new_zeros(1), output.shape) for output in outputs]
 
     def push(self, tangents: Tangents) -> Tensor:
         """L dx."""
@@ -42,8 +50,8 @@ class LinearMapNode(Node):
         """L dx, for every output."""
         k = next(len(t) for t in tangents if t is not None)
         whole = [
-            self._proto.new_zeros(1).expand(k, *shape) if t is None else t
-            for t, shape in zip(tangents, self._shapes, strict=True)
+            zero.expand(k, *shape) if t is None else t
+            for t, zero, shape in zip(tangents, self._ins, self._shapes, strict=True)
         ]
         if k == 1:
             return tuple(y.unsqueeze(0) for y in self._function(*[t[0] for t in whole]))
@@ -67,8 +75,8 @@ class LinearMapNode(Node):
             return [None] * len(needed)
         k = len(some)
         whole = tuple(
-            self._proto.new_zeros(1).expand(k, *shape) if c is None else c
-            for c, shape in zip(cotangents, self._outputs, strict=True)
+            zero.expand(k, *shape) if c is None else c
+            for c, (zero, shape) in zip(cotangents, self._outs, strict=True)
         )
         if k == 1:
             pulled = [g.unsqueeze(0) for g in self._pull(tuple(c[0] for c in whole))]
@@ -84,23 +92,36 @@ class LinearMapNode(Node):
 @register(
     *[torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze],
     *[torch.unsqueeze, torch.mean, torch.sum, torch.chunk, torch.split, torch.unbind],
-    *[torch.cat, torch.concat, torch.stack, torch.roll, torch.flip, torch.movedim, torch.swapaxes],
+    *[torch.roll, torch.flip, torch.movedim, torch.swapaxes],
     *[torch.select, torch.narrow, torch.index_select, torch.unflatten, torch.tril, torch.triu],
     *["flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "mean", "sum"],
-    *["chunk", "split", "unbind", "roll", "flip", "movedim", "contiguous", "expand", "repeat"],
+    *["chunk", "split", "unbind", "roll", "flip", "movedim", "expand", "repeat"],
     *["t", "unflatten", "select", "narrow", "index_select", "float", "double", "to", "type_as"],
-    *["expand_as", "view_as", "clone", "swapaxes", "tril", "triu", "__getitem__"],
+    *["expand_as", "view_as", "swapaxes", "tril", "triu", "__getitem__"],
     *[F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d],
     *[F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.unfold, F.fold, F.pixel_shuffle],
     *[operator.getitem],
 )
 def linear_map(call: Call) -> Node | None:
     """Rule of every call that is linear in its active arguments."""
-    return LinearMapNode(call)
+    result = call.evaluate()
+    floating = all(leaf.is_floating_point() for leaf in tree_leaves(result))
+    return LinearMapNode(call, result) if floating else None
+
+
+@register(torch.cat, torch.concat, torch.stack)
+def joined(call: Call) -> Node | None:
+    """Rule of `torch.cat` and `torch.stack`: affine where a part is constant."""
+    parts = call.argument(0, "tensors")
+    if not isinstance(parts, list | tuple):
+        return None
+    zeroed = [p if isinstance(p, Slot) else torch.zeros_like(p) for p in parts]
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "tensors"}
+    args = (zeroed, *call.args[1:])
+    return LinearMapNode(replace(call, args=args, kwargs=kwargs), call.evaluate())
 
 
 @register(F.pad)
 def pad(call: Call) -> Node | None:
     """Rule of `F.pad`, linear but for a non-zero fill."""
-    return None if call.argument(3, "value") else LinearMapNode(call)
-
+    return None if call.argument(3, "value") else linear_map(call)

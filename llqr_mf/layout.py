@@ -1,0 +1,50 @@
+"""The flat layout of a step: which parameter stands where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operators.tangent import Shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Blocks of a flat step, in order.
+
+    Args:
+        names: Parameter names.
+        shapes: Their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Length of every block."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parts of a flat step (P,) by name, in the parameters' shapes (views)."""
+        size = sum(self.sizes)
+        if flat.shape != (size,):
+            raise ValueError(f"a flat step has shape ({size},), not {tuple(flat.shape)}.")
+        parts = flat.split(self.sizes)
+        named = zip(self.names, parts, self.shapes, strict=True)
+        return {name: part.reshape(shape) for name, part, shape in named}
+
+    def flatten(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The flat step (P,) of parts by name."""
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in parts:
+                raise ValueError(f"the part '{name}' is missing: a step has {self.names}.")
+            if tuple(parts[name].shape) != tuple(shape):
+                raise ValueError(
+                    f"the part '{name}' has shape {tuple(parts[name].shape)}, not {tuple(shape)}."
+                )
+        return torch.cat([parts[name].reshape(-1) for name in self.names])
