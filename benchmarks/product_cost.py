@@ -16,19 +16,13 @@ from typing import Any
 
 import torch
 from harness import environment, interleaved, median_ratio, spread, write
+from nets import Case, mlp, resnet18, transformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llqr_mf as lq
 
 COLUMNS = 16
-
-
-def mlp(width: int, depth: int) -> nn.Sequential:
-    """`depth` hidden tanh layers of one width, 10 classes."""
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        layers += [nn.Linear(width, width), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 def curvlinops_product(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -43,13 +37,10 @@ def curvlinops_product(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tens
     return lambda v: operator @ v
 
 
-def measure(width: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
-    torch.manual_seed(0)
     device = options.device
-    model = mlp(width, options.depth).to(device)
-    x = torch.randn(options.batch, width, device=device)
-    y = torch.randint(0, 10, (options.batch,), device=device)
+    model, x, y = case[0].to(device), case[1].to(device), case[2].to(device)
     parameters = list(model.parameters())
     problem = lq.LQRProblem.from_network(
         lq.split(model), x, y, loss="cross_entropy", damping=0.0, check=False
@@ -91,9 +82,8 @@ def measure(width: int, options: argparse.Namespace) -> dict[str, Any]:
         device=device,
     )
     row = {
-        "width": width,
-        "depth": options.depth,
-        "batch": options.batch,
+        "net": name,
+        "batch": len(x),
         "parameters": problem.size,
         "gradient seconds": sorted(seconds["gradient"])[len(seconds["gradient"]) // 2],
         "gradients per product": median_ratio(seconds, "product", "gradient"),
@@ -121,19 +111,28 @@ def main() -> None:
     """Measures every width and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--nets", nargs="+", default=["mlp", "resnet18", "transformer"])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    torch.manual_seed(0)
+    cases: dict[str, Callable[[], Case]] = {}
+    if "mlp" in options.nets:
+        cases |= {f"mlp width {w}": lambda w=w: mlp(w) for w in options.widths}
+    if "resnet18" in options.nets:
+        cases["resnet18"] = resnet18
+    if "transformer" in options.nets:
+        cases["transformer, 6 layers"] = transformer
     rows = []
-    for width in options.widths:
-        row = measure(width, options)
+    for name, make in cases.items():
+        # Fused attention has no second derivative: the peer needs the MATH backend too.
+        with sdpa_kernel(SDPBackend.MATH):
+            row = measure(name, make(), options)
         rows.append(row)
-        for name, value in row.items():
+        for key, value in row.items():
             if isinstance(value, float):
-                print(f"width {width:6d}  {name:40} {value:.4g}")
+                print(f"{name:24} {key:40} {value:.4g}")
     report = {"benchmark": "product_cost", **environment(options.device), "rows": rows}
     default = Path(__file__).parent / "results" / f"product_cost_{options.device}.json"
     write(options.output or default, report)

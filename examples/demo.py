@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def mlp(width: int, depth: int, dtype: torch.dtype = torch.float32) -> nn.Sequen
     """A tanh network with `depth` hidden layers of one width."""
     sizes = [64, *[width] * depth]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], 10)).to(dtype)
 
@@ -57,7 +58,8 @@ def compare_methods(
     setup = time.perf_counter() - start
     print(f"\n{title}: {problem.size:,} weights, {len(x)} images, {x.dtype}")
     print(f"set-up with one forward pass and the gradient {setup:.3f} s, |g| = {gradient_norm:.3g}")
-    print(f"{'method':10} {'seconds':>8} {'iterations':>10} {'residual':>9} {'agreement':>9}  status")
+    header = f"{'method':10} {'seconds':>8} {'iterations':>10} {'residual':>9} {'agreement':>9}"
+    print(header + "  status")
     rows, reference = [], None
     for method in methods:
         start = time.perf_counter()
@@ -86,7 +88,7 @@ def autoencoder() -> nn.Sequential:
     """64-128-64-8-64-128-64 with tanh, on which first-order methods are slow."""
     sizes = [64, 128, 64, 8, 64, 128, 64]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

@@ -6,12 +6,14 @@ from .network import Layer, split
 from .problem import LQRProblem
 from .solution import Solution
 from .solve import solve
+from .streamed import StreamedProblem
 
 __all__ = [
     "LQRProblem",
     "Layer",
     "LevenbergMarquardt",
     "Solution",
+    "StreamedProblem",
     "losses",
     "metrics",
     "operators",

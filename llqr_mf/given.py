@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from linear_operator import LinearOperator
@@ -14,7 +14,7 @@ from .operators import ControlCost, OperatorStage, StateCost, System
 from .operators.apply import checked_operator
 from .operators.tangent import Tangent
 
-Given = LinearOperator | Tensor
+Given: TypeAlias = LinearOperator | Tensor
 
 
 def system_from_operators(

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from linear_operator import LinearOperator
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .metrics import Metric
     from .network import Layer, Linearization
 
-Given = LinearOperator | Tensor
+Given: TypeAlias = LinearOperator | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +135,8 @@ class LQRProblem:
                 "reverse_kl", "renyi", "squared_error", or a `Metric`.
             damping: R_t: a number (times I), one number or operator per layer (a sequence of
                 length T, or a mapping from layer names), or one operator (P, P).
-            columns: Most columns multiplied in one pass; each costs one tangent of all
-                activations. None: no limit.
+            columns: Most columns multiplied in one pass; each costs one tangent of the
+                activations. None: as many as pay (`System.columns_per_pass`).
             check: Whether the model is run once more, to see that it is deterministic and that
                 the layers compute what it does.
 
@@ -169,7 +169,7 @@ class LQRProblem:
         """Fills the problem in; linear terms are on states (no column axis) and flat controls."""
         self.system, self.names, self.origin = system, tuple(names), origin
         self._linear, self._controls, self._first = tuple(linear), controls, first
-        self._columns = columns
+        self._columns = system.columns_per_pass if columns is None else columns
         return self
 
     # ---- sizes and the flat layout

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from linear_operator.operators import DenseLinearOperator
@@ -24,6 +25,9 @@ from .solvers.low_rank import low_rank
 from .solvers.minres import minres
 from .solvers.riccati import riccati
 from .solvers.status import Code, Status
+from .streamed import StreamedProblem
+
+Problem: TypeAlias = LQRProblem | StreamedProblem
 
 Method = Literal["auto", "cg", "minres", "dual", "low_rank", "riccati"]
 
@@ -58,7 +62,7 @@ class _Options:
 
 
 def solve(
-    problem: LQRProblem,
+    problem: Problem,
     method: Method = "auto",
     *,
     rtol: float = 1e-6,
@@ -86,7 +90,7 @@ def solve(
     given matrices, and else cg; the status says which and why.
 
     Args:
-        problem: From a network or from matrices.
+        problem: From a network, from matrices, or a `StreamedProblem` (cg and minres only).
         method: Which.
         rtol: Wanted true relative residual |H u + g| / |g|, per column.
         max_iterations: Limit of the iterative methods.
@@ -117,7 +121,7 @@ def solve(
     reason = ""
     if method == "auto":
         method, reason = _choose(problem, options)
-    solvers = {
+    solvers: dict[str, Callable[[Any, Tensor, _Options], _Found]] = {
         "cg": _cg,
         "minres": _minres,
         "dual": _dual,
@@ -126,6 +130,11 @@ def solve(
     }
     if method not in solvers:
         raise ValueError(f"method '{method}' is unknown: choose one of {['auto', *solvers]}.")
+    if isinstance(problem, StreamedProblem) and method not in ("cg", "minres"):
+        raise ValueError(
+            f"method='{method}' needs one batch's layers, and a StreamedProblem has many: use "
+            "method='cg'."
+        )
     krylov_only = {
         "preconditioner": preconditioner is not None and method not in ("cg", "minres"),
         "initial": initial is not None and method != "cg",
@@ -151,7 +160,7 @@ class _Found:
 
 
 def _solution(
-    problem: LQRProblem, b: Tensor, method: str, reason: str, found: _Found
+    problem: Problem, b: Tensor, method: str, reason: str, found: _Found
 ) -> Solution:
     """Measures what was found: the true residual, and the model's decrease from it."""
     u = found.step
@@ -180,7 +189,7 @@ def _worst(miss: Tensor, norm: Tensor) -> float:
     return float(torch.where(norm > 0, miss / norm, miss).max())
 
 
-def _right_hand_side(problem: LQRProblem, rhs: Tensor | None) -> Tensor:
+def _right_hand_side(problem: Problem, rhs: Tensor | None) -> Tensor:
     b, what = (-problem.gradient, "the gradient") if rhs is None else (rhs, "rhs")
     if b.ndim not in (1, 2) or b.shape[0] != problem.size or b.shape[1:] == (0,):
         raise ValueError(
@@ -196,7 +205,9 @@ def _right_hand_side(problem: LQRProblem, rhs: Tensor | None) -> Tensor:
     return b
 
 
-def _choose(problem: LQRProblem, options: _Options) -> tuple[str, str]:
+def _choose(problem: Problem, options: _Options) -> tuple[Method, str]:
+    if isinstance(problem, StreamedProblem):
+        return "cg", "the batches are linearised in turn"
     if options.radius is not None or options.preconditioner is not None:
         return "cg", "a trust region or a preconditioner was given"
     if options.initial is not None:
@@ -231,7 +242,7 @@ def _like(rows: Tensor, b: Tensor) -> Tensor:
     return rows[0] if b.ndim == 1 else rows.mT
 
 
-def _cg(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+def _cg(problem: Problem, b: Tensor, options: _Options) -> _Found:
     result = cg(
         problem.hessian,
         b,
@@ -249,7 +260,7 @@ def _cg(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
     return _Found(result.x, result.status, result.iterations, result.products, extra)
 
 
-def _minres(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
+def _minres(problem: Problem, b: Tensor, options: _Options) -> _Found:
     result = minres(
         problem.hessian,
         b,
@@ -337,10 +348,12 @@ def _riccati(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
         q, r, f, x0 = problem.q, problem.r, problem.f, problem.x0
         if options.given_rhs:
             # A right-hand side is a linear cost of the controls, in place of all other such terms.
-            q, f = ([torch.zeros_like(part) for part in parts] for parts in (q, f))
+            q, f = (tuple(torch.zeros_like(part) for part in parts) for parts in (q, f))
             pieces = system.split_control(-column.unsqueeze(0))
             empty = column.new_zeros(0)
-            r = [torch.cat([empty, *(pieces[i].reshape(-1) for i in o)]) for o in system.owned]
+            r = tuple(
+                torch.cat([empty, *(pieces[i].reshape(-1) for i in o)]) for o in system.owned
+            )
             x0 = torch.zeros_like(x0)
         result = riccati(A, B, Q, R, S, q, r, f, x0)
         steps.append(_flat(problem, result.controls))

@@ -19,11 +19,21 @@ class Stage(Protocol):
     zeros (None), so one linearisation serves them all.
     """
 
-    state: tuple[Shape, ...]
-    next_state: tuple[Shape, ...]
-    controls: tuple[Shape, ...]
-    curved: bool
-    proto: Tensor
+    @property
+    def state(self) -> tuple[Shape, ...]:
+        """Shapes of the components of x."""
+
+    @property
+    def next_state(self) -> tuple[Shape, ...]:
+        """Shapes of the components of x'."""
+
+    @property
+    def controls(self) -> tuple[Shape, ...]:
+        """Shapes of the controls."""
+
+    @property
+    def curved(self) -> bool:
+        """Whether the stage has any curvature of its own."""
 
     def forward(self, x: Tangent, u: Tangent) -> tuple[Tangent, Any]:
         """A x + B u, and a record from which `backward` can add the curvature."""

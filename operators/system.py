@@ -12,7 +12,13 @@ from torch import Tensor
 
 from .control_cost import ControlCost
 from .stage import Stage, StateCost
-from .tangent import Shape, Tangent, add_tangents, is_plain, to_rows
+from .tangent import Shape, Tangent, add_tangents, is_plain, size_of, to_rows
+
+CPU_PASS_BYTES = 2**24
+"""Bytes of the largest tangent of one pass."""
+
+GPU_PASS_BYTES = 2**29
+"""The same on an accelerator, where folding pays longer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,17 @@ class System:
     def state_shapes(self, t: int) -> tuple[Shape, ...]:
         """Shapes of the components of x_t, t = 0..T."""
         return self.stages[t].state if t < self.horizon else self.stages[-1].next_state
+
+    @property
+    def columns_per_pass(self) -> int:
+        """Columns whose largest tangent stays within `PASS_BYTES`.
+
+        More in one pass no longer saves time: on a CPU larger tangents leave the cache and the
+        allocator's reach.
+        """
+        largest = max(size_of(self.state_shapes(t)) for t in range(self.horizon + 1))
+        budget = CPU_PASS_BYTES if self.proto.device.type == "cpu" else GPU_PASS_BYTES
+        return max(1, budget // max(1, largest * self.proto.element_size()))
 
     @property
     def curved(self) -> bool:

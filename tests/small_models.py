@@ -5,6 +5,7 @@ norms are wrong on torch 2.13 (design.md, section 6).
 """
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,12 @@ def seeded(build, *, seed=0, dtype=F64):
     """A model with its own seed, and with norms whose weights are not all one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build().to(dtype)
+        model = build()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter += 0.3 * torch.randn_like(parameter)
-    return model
+    return model.to(dtype)
 
 
 def mlp(*widths, activation=nn.Tanh, dtype=F64, seed=0):
@@ -35,7 +36,7 @@ def mlp(*widths, activation=nn.Tanh, dtype=F64, seed=0):
 
     def build():
         layers = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
         return nn.Sequential(*layers[:-1])
 

@@ -14,10 +14,11 @@ from linear_operator.operators import (
     LowRankRootLinearOperator,
     ToeplitzLinearOperator,
 )
+from llqr_mf.solvers.riccati import riccati
+from llqr_mf.solvers.status import Code
 from small_models import F64, normal, relative
 
 import llqr_mf as lq
-from llqr_mf.solvers.status import Code
 
 TOLERANCE = 1e-8
 
@@ -317,7 +318,7 @@ def test_values_and_gains_by_low_rank(shape):
 
 def test_the_closed_loop_with_offsets_is_the_optimum():
     given = Matrices([3, 2, 4], [2, 3])
-    result = lq.solvers.riccati.riccati(
+    result = riccati(
         *(given.A, given.B, given.Q, given.R, given.S, given.q, given.r, given.f, given.x0)
     )
     controls, states, objective = given.kkt()
@@ -343,6 +344,16 @@ def test_times_out_of_range():
     for t in (-1, 1):
         with pytest.raises(ValueError, match=rf"time {t} is outside of 0\.\.0"):
             problem.gain(t)
+
+
+def test_values_of_badly_conditioned_tails_are_reached():
+    """Rounding costs CG several times as many iterations as there are controls."""
+    given = Matrices([6, 6, 6], [8, 8])
+    given.R = [torch.diag(torch.logspace(-6, 0, 8, dtype=F64)) for _ in range(2)]
+    given.S = [0 * S for S in given.S]
+    problem = given.problem()
+    expected = lq.solve(problem, "riccati").values[0].to_dense()
+    assert relative(problem.value(0).to_dense(), expected) < 1e-6
 
 
 def test_a_value_that_is_not_reached_warns():

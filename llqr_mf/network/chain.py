@@ -53,8 +53,9 @@ class _FunctionLayer(nn.Module):
         super().__init__()
         self._function, self._names = function, list(parameters)
         for name, tensor in parameters.items():
-            kept = isinstance(tensor, nn.Parameter)
-            self.register_parameter(name, tensor if kept else nn.Parameter(tensor.detach()))
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor.detach())
+            self.register_parameter(name, tensor)
 
     def forward(self, *args: Any) -> Any:
         if not self._names:
@@ -65,7 +66,8 @@ class _FunctionLayer(nn.Module):
 def _module(item: Any, place: str) -> nn.Module:
     if isinstance(item, nn.Module):
         return item
-    function, parameters = item, {}
+    function: Any = item
+    parameters: Any = {}
     if isinstance(item, tuple) and len(item) == 2:
         function, parameters = item
     if not callable(function) or not isinstance(parameters, Mapping):

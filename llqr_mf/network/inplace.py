@@ -109,7 +109,7 @@ def _overwrites(node: fx.Node) -> bool:
     name = _name(node)
     if node.target in _OUT_OF_PLACE or bool(_get_argument(node, "inplace")):
         return True
-    if not name.endswith("_") or name.endswith("__") or name == "requires_grad_":
+    if not name.endswith("_") or name.endswith("__"):
         return False
     if node.op == "call_method":
         return hasattr(Tensor, name)
@@ -121,16 +121,17 @@ def _overwrites(node: fx.Node) -> bool:
 def _replace(node: fx.Node) -> None:
     """Puts the call that returns a new tensor in place of the overwriting one."""
     base = _name(node)[:-1]
+    function = getattr(torch, base, getattr(F, base, None))
     if node.target in _OUT_OF_PLACE:
         node.target = _OUT_OF_PLACE[node.target]
     elif _get_argument(node, "inplace"):
         _set_argument(node, "inplace", False)
     elif node.op == "call_method" and callable(getattr(Tensor, base, None)):
         node.target = base
-    elif node.op == "call_function" and callable(getattr(torch, base, getattr(F, base, None))):
-        node.target = getattr(torch, base, getattr(F, base, None))
+    elif node.op == "call_function" and callable(function):
+        node.target = function
     else:
-        node.args = (node.target, *node.args)
+        node.args = (node.target, *node.args)  # type: ignore[arg-type]
         node.op, node.target = "call_function", on_copy
 
 

@@ -204,7 +204,7 @@ class _Run:
     def _evaluate(self, node: fx.Node, call: Call, bound: list[BoundNode]) -> Any:
         if call.function is operator.getitem and not isinstance(call.args[0], Slot | Tensor):
             return call.args[0][call.args[1]]
-        if not call.slots or is_inert(node):
+        if not call.slots or is_inert(node) or node.meta["constant"]:
             return call.evaluate()
         linearized = linearize_call(call)
         leaves, spec = tree_flatten(linearized.result)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-_BATCH_FLAGS = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
-_SIGNATURES = {function: inspect.signature(function) for function in _BATCH_FLAGS}
+_BATCH_FLAGS: dict[Any, str] = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
+_SIGNATURES = {f: inspect.signature(f) for f in _BATCH_FLAGS}
 
 
 class _Differentiable(TorchFunctionMode):

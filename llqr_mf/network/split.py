@@ -73,7 +73,7 @@ def split(
     if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList):
         if cuts is not None:
             raise ValueError("cuts go with a module; in a list every item is one layer already.")
-        return _split_list(model, example_inputs)
+        return _split_list(list(model), example_inputs)
     count = _count(example_inputs) or required_inputs(model)
     program = trace(model, lambda twin, *args: twin(*args), count)
     if "" in program.whole and example_inputs is not None:
@@ -82,7 +82,8 @@ def split(
             program = trace(model, run_chain(names), count)
     groups = _automatic(program) if cuts is None else _at_cuts(program, cuts)
     passive = _passive(program)
-    return _layers(program, groups, [_group_name(group, passive) for group in groups])
+    names = [_group_name(group, passive) or type(model).__name__ for group in groups]
+    return _layers(program, groups, names)
 
 
 def _split_list(

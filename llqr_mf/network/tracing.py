@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
 
 _SHARED_MEMORY = "it overwrites memory that a value read later shares"
+
+_GRAPH_CALLS = {
+    *["requires_grad_", "retain_grad", "backward", "register_hook"],
+    *["register_post_accumulate_grad_hook", torch.autograd.grad, torch.autograd.backward],
+}
+"""Calls that act on autograd's graph, which a recorded call does not have."""
 
 _INERT_METHODS = {"size", "dim", "numel", "ndimension", "is_floating_point", "element_size"}
 _INERT_ATTRIBUTES = {
@@ -77,7 +85,7 @@ class _Tracer(fx.Tracer):
             if path in self.whole or not _is_open(m):
                 self.modules[path] = m
                 return self.create_proxy("call_module", path, args, kwargs)
-            lowering = None if _has_hooks(m) else LOWERINGS.get(type(m))
+            lowering = LOWERINGS.get(type(m))
             return forward(*args, **kwargs) if lowering is None else lowering(m, *args, **kwargs)
         except Exception as error:
             if self.failed is None:
@@ -86,9 +94,15 @@ class _Tracer(fx.Tracer):
         finally:
             self.stack.pop()
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind.startswith("call") and target in _GRAPH_CALLS:
+            raise NotImplementedError(f"{target} acts on autograd's graph")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise NotImplementedError("autocast is not recorded")
+        node = super().create_node(kind, target, *args, **kwargs)
         node.meta["owner"] = self.stack[-1]
+        # torch.no_grad() leaves no call in the graph.
+        node.meta["constant"] = not torch.is_grad_enabled()
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -139,7 +153,8 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
         twin = shared_copy(model)
         tracer = _Tracer(twin, whole)
         try:
-            graph = tracer.trace(_with_arity(partial(run, twin), inputs))
+            with torch.enable_grad(), _autocast_off(), _functions_recorded():
+                graph = tracer.trace(_with_arity(partial(run, twin), inputs))
             entangled = make_out_of_place(graph)
             if entangled is not None:
                 tracer.failed = (tracer.common_module(entangled), _SHARED_MEMORY)
@@ -162,6 +177,35 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
             modes={name: module.training for name, module in model.named_modules()},
             whole=whole,
         )
+
+
+@contextmanager
+def _functions_recorded() -> Iterator[None]:
+    """Custom functions as calls: `fx` would look through `apply`, past the custom backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+        if not symbols:
+            return original.__get__(None, cls)(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return cls.apply(*args, **kwargs)
+
+        call.__name__ = cls.__name__
+        return symbols[0].tracer.create_proxy("call_function", call, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def required_inputs(model: nn.Module) -> int:
@@ -212,4 +256,4 @@ def _has_hooks(module: nn.Module) -> bool:
 def _with_arity(function: Callable[..., Any], arity: int) -> Callable[..., Any]:
     """The function with exactly `arity` named arguments, as `fx` wants to see them."""
     names = ", ".join(f"x{i}" for i in range(arity))
-    return eval(f"lambda {names}: function({names})", {"function": function})  # type: ignore[no-any-return]
+    return eval(f"lambda {names}: function({names})", {"function": function})

@@ -146,7 +146,9 @@ def division(call: Call) -> Node | None:
         return None
     if not _one_dtype(first, second):
         return None
-    return AffineNode(call, [(first, 1 / second)])
+    # In the slot's dtype: the inverse of an integer tensor would be float32.
+    factor = 1 / second.to(first.value.dtype) if isinstance(second, Tensor) else 1 / second
+    return AffineNode(call, [(first, factor)])
 
 
 def _sum(call: Call, factor: Any) -> Node | None:

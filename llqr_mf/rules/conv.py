@@ -23,6 +23,7 @@ class ConvNode(Node):
         super().__init__(call.evaluate(), [parts[role] for role in self.roles])
         self.x: Tensor = plain(parts["x"])
         self.weight: Tensor = plain(parts["weight"])
+        self.shape = self.result.shape
         self.geometry = geometry
         self.function = call.function
 
@@ -40,7 +41,7 @@ class ConvNode(Node):
             total = term if total is None else total + term
         if db is not None:
             term = db.reshape(k, 1, -1, *(1,) * (self.x.ndim - 2))
-            total = term.expand(k, *self.result.shape) if total is None else total + term
+            total = term.expand(k, *self.shape) if total is None else total + term
         assert total is not None
         return total
 
@@ -115,7 +116,7 @@ class ConvNode(Node):
         return unfolded.mT
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.function(x, weight, None, **self.geometry)  # type: ignore[no-any-return]
+        return self.function(x, weight, None, **self.geometry)
 
     def _conv_weights(self, dw: Tensor) -> Tensor:
         k = len(dw)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .base import Call, Curvature, Node, Slot, Tangents, register
 
+_STRAIGHT = {F.hardsigmoid}
+"""Piecewise linear functions whose backward torch cannot differentiate."""
+
 
 class ElementwiseNode(Node):
     """y = phi(x) entry by entry; phi' comes from one backward pass with ones."""
@@ -19,13 +22,14 @@ class ElementwiseNode(Node):
 
     def __init__(self, call: Call) -> None:
         (slot,) = call.slots
+        second_order = call.second_order and call.function not in _STRAIGHT
         with torch.enable_grad():
             x = slot.value.detach().requires_grad_()
             y = call.with_values([x])
-            (slope,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=call.second_order)
+            (slope,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=second_order)
         super().__init__(y.detach(), [slot])
         self.slope = slope.detach()
-        self._bend = _bend(slope, x) if call.second_order else None
+        self._bend = _bend(slope, x) if second_order else None
 
     def push(self, tangents: Tangents) -> Tensor:
         """Phi'(x) dx."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class GenericNode(Node):
             self._seeds = [torch.zeros_like(y, requires_grad=True) for y in self._outputs]
             self._pulled = self._grad_with_graph(self._seeds)
         super().__init__(tree_map_only(Tensor, lambda t: t.detach(), result), slots)
+        if _has_custom_function(self._outputs):
+            self._probe()
 
     def push(self, tangents: Tangents) -> Tensor:
         """J dx."""
@@ -108,6 +111,25 @@ class GenericNode(Node):
                 )
             )
 
+    def _probe(self) -> None:
+        """Compares <c, J v> with <J'c, v>.
+
+        Where a custom backward cannot be differentiated, autograd gives zeros without a word.
+        """
+        v = [_pattern(x) for x in self._inputs]
+        c = [_pattern(y) for y in self._outputs]
+        pushed = self.push_all(v)
+        pulled = self.pull_all(c, [True] * len(v), [None] * len(v))
+        left, right, scale = 0.0, 0.0, 0.0
+        for a, b in zip(c, pushed, strict=True):
+            left += 0.0 if b is None else float((a.conj() * b).real.sum())
+        for a, b in zip(v, pulled, strict=True):
+            right += 0.0 if b is None else float((a.conj() * b).real.sum())
+            scale += 0.0 if b is None else float((a * b).abs().sum())
+        if not abs(left - right) <= 100 * torch.finfo(v[0].dtype).eps ** 0.5 * scale:
+            with self._explained():
+                raise RuntimeError("a custom autograd.Function's backward is not differentiable")
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Says which module has no second backward, and what can be done."""
@@ -130,30 +152,50 @@ def _grad(
     """The vjp through a kept graph for k seeds at once; results have the leading axis too."""
     if not outputs or not inputs:
         return [None] * len(inputs)
-    # A graph of the result is wanted only by a caller who differentiates in the seeds.
-    create_graph = not all(is_plain(seed) for seed in seeds)
-    k = len(seeds[0])
-    if k == 1:
-        results = torch.autograd.grad(
-            outputs,
-            inputs,
-            [seed[0] for seed in seeds],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-        return [None if g is None else g.unsqueeze(0) for g in results]
-    return list(
-        torch.autograd.grad(
-            outputs,
-            inputs,
-            list(seeds),
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-    )
+    options: dict[str, Any] = {
+        "retain_graph": True,
+        "allow_unused": True,
+        # A graph of the result is wanted only by a caller who differentiates in the seeds.
+        "create_graph": not all(is_plain(seed) for seed in seeds),
+    }
+    if len(seeds[0]) > 1:
+        try:
+            batched = torch.autograd.grad(
+                outputs, inputs, list(seeds), is_grads_batched=True, **options
+            )
+            return list(batched)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # vmap cannot go through every custom backward
+            pass
+    columns = [
+        torch.autograd.grad(outputs, inputs, [seed[i] for seed in seeds], **options)
+        for i in range(len(seeds[0]))
+    ]
+    if len(columns) == 1:
+        return [None if g is None else g.unsqueeze(0) for g in columns[0]]
+    return [None if g[0] is None else torch.stack(g) for g in zip(*columns, strict=True)]
+
+
+def _has_custom_function(outputs: Sequence[Tensor]) -> bool:
+    """Whether Python code is behind a step of the backward pass."""
+    seen: set[object] = set()
+    waiting = [y.grad_fn for y in outputs]
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        if isinstance(function, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(function)
+        waiting.extend(following for following, _ in function.next_functions)
+    return False
+
+
+def _pattern(like: Tensor) -> Tensor:
+    """One column of numbers that look random; drawing some would change the dropout masks."""
+    places = torch.arange(1, like.numel() + 1, device=like.device, dtype=torch.float32)
+    return (places * places).sin().to(like.dtype).reshape(1, *like.shape)
 
 
 def is_active_leaf(leaf: object) -> bool:

@@ -1,7 +1,7 @@
 """LayerNorm, RMSNorm, GroupNorm and BatchNorm in closed form.
 
-Autograd's second derivatives through a vmapped backward of these are silently wrong on torch
-2.13 (design.md section 6); nothing here differentiates a backward.
+Nested transforms of `torch.func` through these are silently wrong on torch 2.13 (design.md
+section 6; test_norms.py holds a case); nothing here differentiates a backward.
 """
 
 from __future__ import annotations

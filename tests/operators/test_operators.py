@@ -6,6 +6,7 @@ import pytest
 import torch
 from linear_operator.operators import DiagLinearOperator
 from llqr_mf.operators import MatrixFreeOperator, SubmatrixOperator, ZeroOperator
+from llqr_mf.solvers.cg import cg
 from scipy.sparse.linalg import cg as scipy_cg
 from scipy.sparse.linalg import eigsh
 from small_models import F64, mlp, network, normal
@@ -65,7 +66,6 @@ COMPOSED = {
     "triple product": _J @ _H @ _J.mT,
 }
 ALL = {**OPERATORS, **COMPOSED}
-
 
 
 def names_of(operators, least=0):
@@ -280,7 +280,7 @@ class _Counting(MatrixFreeOperator):
         lambda a: a.to_scipy() @ normal(9, 5).numpy(),
         lambda a: (a + a) @ normal(9, 5),
         lambda a: (a @ a.mT) @ normal(9, 5),
-        lambda a: lq.solvers.cg.cg(a, normal(9, 5), max_iterations=2),
+        lambda a: cg(a, normal(9, 5), max_iterations=2),
     ],
 )
 def test_no_pass_takes_more_columns_than_it_was_told(use):
@@ -334,8 +334,7 @@ def test_scipy_solvers_run_on_the_hessian():
 @pytest.mark.parametrize("metric", ["newton", "gauss_newton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_dtypes(metric, dtype):
-    """To a few roundings of numbers of size one. The model's weights are those of float64,
-    rounded, so the matrices differ by that much too."""
+    """To a few roundings: the weights are those of float64, rounded, so the matrices differ too."""
     exact = operators_of(problem_of(metric))
     for name, operator in operators_of(problem_of(metric, dtype=dtype)).items():
         if "gain" in name or name == "value":
