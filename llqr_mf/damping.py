@@ -56,9 +56,7 @@ def control_cost(damping: Any, system: System, names: Sequence[str] | None) -> C
     return ControlCost(tuple(groups), sizes)
 
 
-def _by_layer(
-    damping: Mapping[Any, Any], system: System, names: Sequence[str] | None
-) -> list[Any]:
+def _by_layer(damping: Mapping[Any, Any], system: System, names: Sequence[str] | None) -> list[Any]:
     if names is None:
         raise ValueError("damping by layer name goes with a network: give a sequence instead.")
     unknown = [name for name in damping if name not in names]

@@ -19,7 +19,7 @@ from .network.checks import check_batch, check_finite, check_layers, check_same_
 from .operators import ControlCost, StateCost, System
 from .operators.apply import checked_operator
 from .operators.tangent import Tangent
-from .problem import NetworkOrigin
+from .origin import NetworkOrigin
 
 if TYPE_CHECKING:
     from .problem import LQRProblem
@@ -87,9 +87,7 @@ def _may_curve(metric: Any) -> bool:
     return type(metric).costate is not Metric.costate
 
 
-def _system(
-    linearization: Linearization, stages: Sequence[NetworkStage], proto: Tensor
-) -> System:
+def _system(linearization: Linearization, stages: Sequence[NetworkStage], proto: Tensor) -> System:
     blocks = tuple(linearization.shapes[i] for i in range(len(linearization.parameters)))
     return System(
         stages=tuple(stages),
@@ -119,8 +117,10 @@ def _with_costs(system: System, layers: Sequence[Layer], model: Any, samples: in
                 f"the metric puts a cost on layer '{names[t]}', whose output no later layer reads."
             )
         size = int(torch.Size(stage.next_state[component]).numel())
-        costs[t + 1] = (*costs[t + 1], StateCost(_state_cost(value, size, samples, system, key),
-                                                component))
+        costs[t + 1] = (
+            *costs[t + 1],
+            StateCost(_state_cost(value, size, samples, system, key), component),
+        )
     if model.terminal is not None:
         costs[-1] = (*costs[-1], StateCost(model.terminal))
     return replace(system, state_costs=tuple(costs))

@@ -37,8 +37,7 @@ def system_from_operators(
     if T == 0:
         raise ValueError("A is empty: give at least one stage.")
     B_, R_, S_, r_, f_ = (
-        _listed(part, T, name)
-        for part, name in ((B, "B"), (R, "R"), (S, "S"), (r, "r"), (f, "f"))
+        _listed(part, T, name) for part, name in ((B, "B"), (R, "R"), (S, "S"), (r, "r"), (f, "f"))
     )
     Q_, q_ = _listed(Q, T + 1, "Q"), _listed(q, T + 1, "q")
     for name, part in (("A", A), ("B", B_)):
@@ -63,15 +62,15 @@ def system_from_operators(
     ops_Q, ops_S = operators(Q_, "Q", n, n), operators(S_, "S", m, n)
     numbers = [0.0 if R is None else R for R in R_]
     ops_R = operators([None if _is_number(R) else R for R in numbers], "R", m, m)
-    for t, R in enumerate(numbers):
-        if _is_number(R) and not math.isfinite(R):
-            raise ValueError(f"R[{t}] is {R}: give a finite number.")
+    for t, number in enumerate(numbers):
+        if _is_number(number) and not math.isfinite(number):
+            raise ValueError(f"R[{t}] is {number}: give a finite number.")
     for name, vectors, sizes in (("q", q_, n), ("r", r_, m), ("f", f_, n[1:]), ("x0", [x0], n)):
         for t, vector in enumerate(vectors):
             _check_vector(vector, sizes[t], name if name == "x0" else f"{name}[{t}]", proto)
     groups = tuple(
-        ((t,), float(number) if R is None else R)
-        for t, (number, R) in enumerate(zip(numbers, ops_R, strict=True))
+        ((t,), float(number) if operator is None else operator)
+        for t, (number, operator) in enumerate(zip(numbers, ops_R, strict=True))
     )
     system = System(
         stages=tuple(
@@ -85,9 +84,7 @@ def system_from_operators(
         proto=proto,
         affine=() if all(part is None for part in f_) else tuple(f_),
     )
-    controls = torch.cat(
-        [proto.new_zeros(m[t]) if r_[t] is None else r_[t] for t in range(T)]
-    )
+    controls = torch.cat([proto.new_zeros(m[t]) if r_[t] is None else r_[t] for t in range(T)])
     first: Tangent | None = None if x0 is None else (x0.unsqueeze(0),)
     return system, [(part,) for part in q_], controls, first
 

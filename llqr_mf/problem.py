@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,6 +11,7 @@ import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
+from .layout import Layout
 from .operators import (
     CondensedHessianOperator,
     ControlHessianOperator,
@@ -26,36 +26,13 @@ from .operators import (
     ZeroOperator,
 )
 from .operators.tangent import Tangent, size_of, to_rows
-from .solvers.cg import cg
-from .solvers.status import Code
+from .origin import NetworkOrigin
+from .tail import tail_solver
 
 if TYPE_CHECKING:
-    from .losses import Loss
-    from .metrics import Metric
-    from .network import Layer, Linearization
+    from .network import Layer
 
 Given: TypeAlias = LinearOperator | Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkOrigin:
-    """Where a problem made from a network comes from.
-
-    Args:
-        layers: The layers of the split.
-        loss: The loss.
-        metric: The metric.
-        outputs: The network's outputs on the batch.
-        loss_value: The loss there, a mean.
-        linearization: The linearised calls of every layer.
-    """
-
-    layers: tuple[Layer, ...]
-    loss: Loss
-    metric: Metric
-    outputs: Tensor
-    loss_value: Tensor
-    linearization: Linearization
 
 
 class LQRProblem:
@@ -194,19 +171,18 @@ class LQRProblem:
         """P, the length of a flat step."""
         return self.system.control_size
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Which parameter stands where in a flat step."""
+        return Layout(self.names, self.system.blocks)
+
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a flat step (P,) by parameter name, in the parameters' shapes (views)."""
-        if flat.shape != (self.size,):
-            raise ValueError(f"a flat step has shape ({self.size},), not {tuple(flat.shape)}.")
-        parts = self.system.split_control(flat.unsqueeze(0))
-        return {name: part[0] for name, part in zip(self.names, parts, strict=True)}
+        return self.layout.unflatten(flat)
 
     def flatten(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The flat step (P,) of parts by parameter name."""
-        missing = [name for name in self.names if name not in parts]
-        if missing:
-            raise ValueError(f"the part '{missing[0]}' is missing: the step has {self.names}.")
-        return torch.cat([parts[name].reshape(-1) for name in self.names])
+        return self.layout.flatten(parts)
 
     # ---- operators
 
@@ -299,9 +275,7 @@ class LQRProblem:
     @cached_property
     def output_jacobian(self) -> OutputJacobianOperator:
         """J, the derivative of the last state in the flat control; shape (n_T, P)."""
-        return OutputJacobianOperator(
-            self.system.proto, system=self.system, columns=self._columns
-        )
+        return OutputJacobianOperator(self.system.proto, system=self.system, columns=self._columns)
 
     def value(
         self, t: int, *, rtol: float | None = None, max_iterations: int | None = None
@@ -417,24 +391,5 @@ class LQRProblem:
     def _tail(self, t: int, rtol: float | None, max_iterations: int | None) -> dict[str, Any]:
         system, _ = self.system.tail(t)
         tolerance = rtol or (1e-12 if self.dtype == torch.float64 else 1e-6)
-
-        def solve(tail: System, b: Tensor) -> Tensor:
-            if b.shape[1] == 0:
-                return b
-            result = cg(
-                tail.condensed_product, b.mT, rtol=tolerance, max_iterations=max_iterations or 1000
-            )
-            if result.status.code in (Code.NEGATIVE_CURVATURE, Code.NOT_FINITE):
-                raise ValueError(f"the tail problem has no solution: {result.status}")
-            if result.status.code is Code.MAX_ITERATIONS:
-                worst = float(result.residual_norm.max())
-                warnings.warn(
-                    f"a product with a value or gain has a relative residual of {worst:.1e}: "
-                    f"{result.status}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return result.x.mT
-
+        solve = tail_solver(tolerance, max_iterations or 1000)
         return {"system": system, "solve": solve, "columns": self._columns}
-

@@ -11,10 +11,9 @@ import torch
 from linear_operator.operators import DenseLinearOperator
 from torch import Tensor
 
+from .factors import DUAL_SIZE, output_factor, state_factor
 from .gram import closed_form_gram, samples_are_apart, terminal_factor
 from .operators.apply import apply_rows
-from .operators.outer_curvature import OuterCurvature
-from .operators.output_curvature import OutputCurvature
 from .operators.tangent import size_of
 from .problem import LQRProblem
 from .solution import Solution
@@ -30,9 +29,6 @@ from .streamed import StreamedProblem
 Problem: TypeAlias = LQRProblem | StreamedProblem
 
 Method = Literal["auto", "cg", "minres", "dual", "low_rank", "riccati"]
-
-DUAL_SIZE = 4096
-"""Largest N r whose Gram matrix is factored (`auto` and `dual`)."""
 
 GRAM_BY_PRODUCTS = 1024
 """Largest N r whose Gram matrix is formed by products when it has no closed form."""
@@ -135,14 +131,11 @@ def solve(
             f"method='{method}' needs one batch's layers, and a StreamedProblem has many: use "
             "method='cg'."
         )
-    krylov_only = {
-        "preconditioner": preconditioner is not None and method not in ("cg", "minres"),
-        "initial": initial is not None and method != "cg",
-        "radius": radius is not None and method != "cg",
-    }
-    for name, misplaced in krylov_only.items():
-        if misplaced:
-            raise ValueError(f"`{name}` does not go with method='{method}': use method='cg'.")
+    for name, only in _asked(options).items():
+        if method not in only:
+            raise ValueError(
+                f"`{name}` does not go with method='{method}': use method='{only[0]}'."
+            )
     with torch.no_grad():
         found = solvers[method](problem, b, options)
         return _solution(problem, b, method, reason, found)
@@ -159,9 +152,7 @@ class _Found:
     extra: dict[str, Any] | None = None
 
 
-def _solution(
-    problem: Problem, b: Tensor, method: str, reason: str, found: _Found
-) -> Solution:
+def _solution(problem: Problem, b: Tensor, method: str, reason: str, found: _Found) -> Solution:
     """Measures what was found: the true residual, and the model's decrease from it."""
     u = found.step
     rows, sides = _rows(u), _rows(b)
@@ -208,10 +199,9 @@ def _right_hand_side(problem: Problem, rhs: Tensor | None) -> Tensor:
 def _choose(problem: Problem, options: _Options) -> tuple[Method, str]:
     if isinstance(problem, StreamedProblem):
         return "cg", "the batches are linearised in turn"
-    if options.radius is not None or options.preconditioner is not None:
-        return "cg", "a trust region or a preconditioner was given"
-    if options.initial is not None:
-        return "cg", "a warm start was given"
+    asked = _asked(options)
+    if asked:
+        return "cg", f"`{next(iter(asked))}` was given"
     if problem.origin is None:
         largest = max(
             max(size_of(s.state), size_of(s.next_state), size_of(s.controls))
@@ -232,6 +222,19 @@ def _choose(problem: Problem, options: _Options) -> tuple[Method, str]:
     if not samples_are_apart(problem):
         return "cg", "a layer mixes samples or shares a weight, so the Gram matrix is not cheap"
     return "dual", f"the Gram matrix has a closed form with N r = {size} rows"
+
+
+def _asked(options: _Options) -> dict[str, tuple[str, ...]]:
+    """Options that were given and belong to some methods only, with those methods."""
+    given = {
+        "preconditioner": (options.preconditioner is not None, ("cg", "minres")),
+        "recurrence_dtype": (options.recurrence_dtype is not None, ("cg", "minres")),
+        "initial": (options.initial is not None, ("cg",)),
+        "radius": (options.radius is not None, ("cg",)),
+        "flexible": (options.flexible, ("cg",)),
+        "on_negative_curvature": (options.on_negative_curvature != "truncate", ("cg",)),
+    }
+    return {name: methods for name, (is_given, methods) in given.items() if is_given}
 
 
 def _rows(b: Tensor) -> Tensor:
@@ -274,7 +277,7 @@ def _minres(problem: Problem, b: Tensor, options: _Options) -> _Found:
 
 
 def _dual(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
-    factor = _factor(problem)
+    factor = output_factor(problem)
     size = (factor.rank or 0) * factor.samples
     gram, how = None, "without a Gram matrix (N r is too large): matrix-free dual CG"
     if size <= DUAL_SIZE:
@@ -294,7 +297,7 @@ def _dual(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
 def _low_rank(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
     system = problem.system
     factors = [
-        _state_factor(problem, t) if system.state_costs[t] else None
+        state_factor(problem, t) if system.state_costs[t] else None
         for t in range(problem.horizon + 1)
     ]
     terminal = factors[-1]
@@ -351,9 +354,7 @@ def _riccati(problem: LQRProblem, b: Tensor, options: _Options) -> _Found:
             q, f = (tuple(torch.zeros_like(part) for part in parts) for parts in (q, f))
             pieces = system.split_control(-column.unsqueeze(0))
             empty = column.new_zeros(0)
-            r = tuple(
-                torch.cat([empty, *(pieces[i].reshape(-1) for i in o)]) for o in system.owned
-            )
+            r = tuple(torch.cat([empty, *(pieces[i].reshape(-1) for i in o)]) for o in system.owned)
             x0 = torch.zeros_like(x0)
         result = riccati(A, B, Q, R, S, q, r, f, x0)
         steps.append(_flat(problem, result.controls))
@@ -374,58 +375,3 @@ def _flat(problem: LQRProblem, controls: tuple[Tensor, ...]) -> Tensor:
         pieces = u.split([system.sizes[i] for i in owned]) if owned else ()
         parts.update(zip(owned, pieces, strict=True))
     return torch.cat([parts[i] for i in range(len(system.blocks))])
-
-
-def _factor(problem: LQRProblem) -> OutputCurvature:
-    """Q_T with a factor: its own, or that of the dense matrix if it is small."""
-    factor = terminal_factor(problem)
-    if factor is not None:
-        return factor
-    system = problem.system
-    costs = system.state_costs[-1]
-    if system.curved or len(costs) != 1 or problem.Q[-1].shape[0] > DUAL_SIZE:
-        raise ValueError(
-            "method='dual' needs a terminal cost alone, with a known factor or small enough to "
-            f"factor (at most {DUAL_SIZE}): here there are costs on other layers, second-order "
-            "terms or a larger cost; use method='cg'."
-        )
-    rows = _dense_factor(problem, problem.horizon)
-    return OuterCurvature(system.proto, vectors=rows.mT.unsqueeze(0).contiguous())
-
-
-def _state_factor(problem: LQRProblem, t: int) -> Tensor:
-    """Rows F with F'F = Q_t."""
-    if t == problem.horizon:
-        factor = terminal_factor(problem)
-        if factor is not None and factor.rank is not None:
-            size = factor.rank * factor.samples
-            if size > DUAL_SIZE:
-                raise ValueError(
-                    f"method='low_rank' would carry N r = {size} > {DUAL_SIZE} columns: use "
-                    "method='cg'."
-                )
-            eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
-            return factor.factor(eye.reshape(size, factor.rank, factor.samples))
-    return _dense_factor(problem, t)
-
-
-def _dense_factor(problem: LQRProblem, t: int) -> Tensor:
-    operator = problem.Q[t]
-    n = operator.shape[0]
-    if n > DUAL_SIZE:
-        raise ValueError(
-            f"Q[{t}] has no known factor and is too large ({n}) to be factored densely: use "
-            "method='cg'."
-        )
-    eye = torch.eye(n, dtype=problem.dtype, device=problem.device)
-    dense = apply_rows(operator, eye).double()
-    eigenvalues, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
-    largest = eigenvalues.abs().max() if n else eigenvalues.sum()
-    rounding = largest * n * torch.finfo(problem.dtype).eps
-    if n and float(eigenvalues[0]) < -float(rounding):
-        raise ValueError(
-            f"Q[{t}] is indefinite (least eigenvalue {float(eigenvalues[0]):.3g}), so it has no "
-            "factor: use method='cg' or 'riccati'."
-        )
-    kept = eigenvalues > rounding
-    return (vectors[:, kept] * eigenvalues[kept].sqrt()).mT.to(problem.dtype)

@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .damping import control_cost
-from .layout import Layout
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer
@@ -73,7 +72,7 @@ class StreamedProblem:
         self.gradient = gradient / mass
         self.loss_value = value / mass
         self._mass = curvature_mass
-        self.layout = Layout(first.names, first.system.blocks)
+        self.layout = first.layout
         self.control_cost = control_cost(damping, first.system, [layer.name for layer in layers])
 
     @staticmethod
@@ -164,4 +163,3 @@ class StreamedHessianOperator(MatrixFreeOperator):
     def _rows(self, v: Tensor) -> Tensor:
         with torch.no_grad():
             return self.problem.product_rows(v)
-

@@ -71,7 +71,7 @@ class ControlCost:
         if any(isinstance(value, LinearOperator) for _, value in self.groups):
             return None
         values = {i: value for blocks, value in self.groups for i in blocks}
-        return tuple(values[i] for i in range(len(self.sizes)))  # type: ignore[misc]
+        return tuple(values[i] for i in range(len(self.sizes)))
 
     def restrict(self, blocks: Sequence[int]) -> ControlCost:
         """R on some of the blocks, renumbered in the order given.

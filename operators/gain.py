@@ -48,4 +48,3 @@ class GainOperator(MatrixFreeOperator):
         zero = tuple(None for _ in system.state_shapes(system.horizon))
         p0, _ = system.adjoint(zero, system.rollout(u), need_state=True, need_control=False)
         return to_rows(p0, system.state_shapes(0), w, len(w))
-

@@ -188,7 +188,6 @@ class System:
         if not need_control:
             return p, None
         if out is not None:
-            self._zero_unowned(views)  # type: ignore[arg-type]
             return p, out
         return p, to_rows(tuple(parts), self.blocks, self.proto, k)
 
@@ -248,12 +247,6 @@ class System:
                 assert state is not None
                 p = add_tangents(p, cost.product(state, self.state_shapes(t)))
         return p
-
-    def _zero_unowned(self, views: list[Tensor]) -> None:
-        owned = {i for ids in self.owned for i in ids}
-        for i, view in enumerate(views):
-            if i not in owned:
-                view.zero_()
 
 
 def _columns(u: Tensor | None, x0: Tangent | None, otherwise: int) -> int:

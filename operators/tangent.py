@@ -37,9 +37,7 @@ def from_rows(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
     if len(shapes) == 1:
         return (rows.reshape(len(rows), *shapes[0]),)
     parts = rows.split([math.prod(shape) for shape in shapes], dim=1)
-    return tuple(
-        part.reshape(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)
-    )
+    return tuple(part.reshape(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

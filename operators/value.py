@@ -63,7 +63,7 @@ def tail_controls(system: System, solve: TailSolve, v: Tensor) -> Tensor:
 
 def differentiable_solve(system: System, solve: TailSolve, b: Tensor) -> Tensor:
     """H^{-1} b for rows b, which autograd and `torch.func` see as the linear map it is."""
-    out: Tensor = _Solve.apply(b, system, solve)  # type: ignore[no-untyped-call]
+    out: Tensor = _Solve.apply(b, system, solve)
     return out
 
 

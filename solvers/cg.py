@@ -16,6 +16,7 @@ from .krylov import (
     KrylovResult,
     RowProduct,
     System,
+    default_iterations,
     first_event,
     per_row,
     read_events,
@@ -114,7 +115,8 @@ def cg(
         initial: First iterate; shape of b.
         rtol: A column stops when |r_j| <= max(rtol |b_j|, atol).
         atol: See `rtol`.
-        max_iterations: Of the whole block, restarts included; None takes min(n, 1000).
+        max_iterations: Of the whole block, restarts included; None takes
+            `default_iterations(n)`.
         radius: Trust region |x| <= radius (Steihaug and Toint), in the norm of M^(-1) if
             preconditioned, which is the norm in which the iterates grow. Takes no `initial`.
         on_negative_curvature: "truncate" stops the column; "direction" also returns the direction;
@@ -152,7 +154,7 @@ def cg(
         recurrence_dtype=recurrence_dtype,
     )
     if max_iterations is None:
-        max_iterations = min(len(b), 1000)
+        max_iterations = default_iterations(len(b))
     x, r = system.start(initial)
     with tqdm(total=max_iterations, desc="cg", disable=not progress) as bar:
         run = _ConjugateGradients(

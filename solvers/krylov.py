@@ -51,6 +51,11 @@ class KrylovResult:
     products: int
 
 
+def default_iterations(n: int) -> int:
+    """Twice the size and some, since rounding delays small systems, and 1000 at most."""
+    return min(2 * n + 50, 1000)
+
+
 class Product:
     """A product in its own dtype, seen from vectors of another.
 

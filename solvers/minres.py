@@ -15,6 +15,7 @@ from .krylov import (
     KrylovResult,
     RowProduct,
     System,
+    default_iterations,
     first_event,
     per_row,
     read_events,
@@ -61,7 +62,8 @@ def minres(
         b: Right-hand sides; shape (n,) or columns (n, k).
         preconditioner: M, approximates the inverse of |A|; positive definite. Any dtype.
         rtol: A column stops when |r_j| <= rtol |b_j|.
-        max_iterations: Of the whole block, restarts included; None takes min(n, 1000).
+        max_iterations: Of the whole block, restarts included; None takes
+            `default_iterations(n)`.
         recurrence_dtype: None takes float64 for blocks of at most 2^24 numbers, else b's dtype,
             and float32 at least.
         progress: Show a progress bar.
@@ -81,7 +83,7 @@ def minres(
         recurrence_dtype=recurrence_dtype,
     )
     if max_iterations is None:
-        max_iterations = min(len(b), 1000)
+        max_iterations = default_iterations(len(b))
     x, r = system.start(None)
     with tqdm(total=max_iterations, desc="minres", disable=not progress) as bar:
         run = _MinimalResiduals(system, bar)

@@ -105,7 +105,6 @@ def test_float_targets(model, loss):
         refused(model, "targets have shape", targets=normal(4, 2), loss=loss)
 
 
-@pytest.mark.xfail(strict=True, reason="linearize lets torch's own error through")
 @pytest.mark.parametrize(
     "name, inputs",
     [

@@ -15,6 +15,7 @@ import llqr_mf as lq
 from llqr_mf.metrics import Divergence, StateCosts
 
 SOLVE = importlib.import_module("llqr_mf.solve")  # the name is that of the function, too
+FACTORS = importlib.import_module("llqr_mf.factors")
 METHODS = ("cg", "minres", "dual", "low_rank", "riccati")
 
 
@@ -66,7 +67,8 @@ def test_auto_with_options_that_only_cg_takes():
 
 
 def test_auto_when_the_gram_matrix_is_too_large(monkeypatch):
-    monkeypatch.setattr(SOLVE, "DUAL_SIZE", 11)
+    for module in (SOLVE, FACTORS):
+        monkeypatch.setattr(module, "DUAL_SIZE", 11)
     problem = build()
     solution = lq.solve(problem)
     assert solution.method == "cg" and "N r = 12 > 11 rows" in solution.status.message
@@ -139,7 +141,8 @@ def test_sizes_that_are_too_large_are_said_before_anything_is_formed(monkeypatch
     monkeypatch.setattr(SOLVE, "DENSE_SIZE", 29)
     with pytest.raises(ValueError, match=r"matrices of size 30 > 29: use method='cg' or 'dual'"):
         lq.solve(build(), "riccati")
-    monkeypatch.setattr(SOLVE, "DUAL_SIZE", 11)
+    for module in (SOLVE, FACTORS):
+        monkeypatch.setattr(module, "DUAL_SIZE", 11)
     problem = build(metric=Divergence(kl, stationary=True))
     with pytest.raises(ValueError, match=r"small enough to factor \(at most 11\)"):
         lq.solve(problem, "dual")
@@ -148,10 +151,11 @@ def test_sizes_that_are_too_large_are_said_before_anything_is_formed(monkeypatch
 
 
 @pytest.mark.parametrize("method", ["minres", "dual", "low_rank", "riccati"])
-@pytest.mark.parametrize("option", ["initial", "radius", "preconditioner"])
+@pytest.mark.parametrize("option", ["initial", "radius", "preconditioner", "flexible"])
 def test_options_that_do_not_go_with_a_method(method, option):
     problem = build()
-    given = {"initial": problem.gradient, "radius": 1.0, "preconditioner": lambda r: r}
+    given = {"initial": problem.gradient, "radius": 1.0, "flexible": True}
+    given["preconditioner"] = lambda r: r
     if (method, option) == ("minres", "preconditioner"):
         assert lq.solve(problem, method, preconditioner=given[option]).status.ok
         return

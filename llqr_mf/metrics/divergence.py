@@ -23,8 +23,8 @@ class Divergence(Metric):
         fn: Takes outputs and reference, both (N, ...), and returns a scalar tensor: a mean over
             the samples, twice differentiable where the two are equal.
         stationary: Whether its gradient vanishes there, as that of every true divergence does.
-            None looks whether it is exactly zero on each batch; say True where it is zero but for
-            rounding, which spares second-order terms in every layer.
+            None looks, on each batch, whether it is zero but for rounding (100 eps of the
+            Hessian's entries); then earlier layers have no second-order terms.
     """
 
     fn: Callable[[Tensor, Tensor], Tensor]
@@ -33,14 +33,13 @@ class Divergence(Metric):
 
     def terminal(self, loss: Loss, outputs: Tensor, targets: Tensor) -> ClosureCurvature:
         """The divergence's Hessian, shape (N*D, N*D)."""
-        reference = widen(plain(outputs))
-        curvature = ClosureCurvature.from_function(lambda x: self._value(x, reference), outputs)
-        ones = torch.ones(1, outputs.numel(), dtype=reference.dtype, device=outputs.device)
+        curvature = self._curvature(outputs)
+        ones = widen(plain(outputs)).new_ones(1, outputs.numel())
         self._check_finite(curvature.product(ones), "Hessian")
         return curvature
 
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """The divergence's gradient, of the outputs' shape; None where it is zero."""
+        """The divergence's gradient, of the outputs' shape; None if it is rounding only."""
         if self.stationary:
             return None
         with torch.inference_mode(False), torch.enable_grad():
@@ -50,14 +49,25 @@ class Divergence(Metric):
                 return None
             (gradient,) = torch.autograd.grad(value, point)
         self._check_finite(gradient, "gradient")
-        if self.stationary is None and not bool(gradient.any()):
+        if self.stationary is None and self._is_rounding(gradient, outputs):
             return None
         return gradient.to(outputs.dtype)
+
+    def _curvature(self, outputs: Tensor) -> ClosureCurvature:
+        reference = widen(plain(outputs))
+        return ClosureCurvature.from_function(lambda x: self._value(x, reference), outputs)
 
     def _value(self, outputs: Tensor, reference: Tensor) -> Tensor:
         value = self.fn(outputs, reference)
         check_scalar("divergence", self.fn, value)
         return value
+
+    def _is_rounding(self, gradient: Tensor, outputs: Tensor) -> bool:
+        """Whether a gradient is only what is left of terms of the Hessian's size that cancel."""
+        signs = 1 - 2 * (torch.arange(outputs.numel(), device=outputs.device) % 2)
+        curvature = self._curvature(outputs).product(signs.to(gradient.dtype).unsqueeze(0))
+        rounding = 100 * torch.finfo(gradient.dtype).eps * curvature.abs().max()
+        return bool(gradient.abs().max() <= rounding)
 
     def _check_finite(self, derivative: Tensor, name: str) -> None:
         if not bool(derivative.isfinite().all()):

@@ -119,7 +119,12 @@ class _Run:
                 return self._finish(node, bound, input_ids)
             else:
                 call = self._call(node)
-                self.env[node] = self._evaluate(node, call, bound[placed[node]])
+                try:
+                    self.env[node] = self._evaluate(node, call, bound[placed[node]])
+                except RuntimeError as error:
+                    if isinstance(error, NotImplementedError):
+                        raise
+                    raise ValueError(f"{_label(node)} failed on this batch: {error}") from error
             for source in node.all_input_nodes:
                 readers[source] -= 1
                 if readers[source] == 0:
@@ -133,7 +138,7 @@ class _Run:
         if not isinstance(output, Slot):
             kind = "depends on no trainable parameter"
             if not isinstance(output, Tensor):
-                kind = f"is a {type(output).__name__}, not one tensor"
+                kind = f"is a {type(output).__name__.removeprefix('immutable_')}, not one tensor"
             raise ValueError(
                 f"the model's output {kind}: give a model that returns the tensor the loss reads, "
                 "and at least one parameter with requires_grad=True."
@@ -218,9 +223,14 @@ class _Run:
         if not ids:
             return linearized.result
         linearized.result = None
-        target = getattr(node.target, "__name__", str(node.target))
-        bound.append(BoundNode(linearized, ids, f"{target} in '{call.owner or 'the model'}'"))
+        bound.append(BoundNode(linearized, ids, _label(node)))
         return tree_unflatten(slots, spec)
+
+
+def _label(node: fx.Node) -> str:
+    """The call and its module, for messages."""
+    target = getattr(node.target, "__name__", str(node.target))
+    return f"{target} in '{node.meta['owner'] or 'the model'}'"
 
 
 def _may_overwrite(module: nn.Module) -> bool:

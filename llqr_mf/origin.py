@@ -1,0 +1,34 @@
+"""Where a problem made from a network comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .losses import Loss
+    from .metrics import Metric
+    from .network import Layer, Linearization
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkOrigin:
+    """The network, batch, loss and metric of a problem.
+
+    Args:
+        layers: The layers of the split.
+        loss: The loss.
+        metric: The metric.
+        outputs: The network's outputs on the batch.
+        loss_value: The loss there, a mean.
+        linearization: The linearised calls of every layer.
+    """
+
+    layers: tuple[Layer, ...]
+    loss: Loss
+    metric: Metric
+    outputs: Tensor
+    loss_value: Tensor
+    linearization: Linearization

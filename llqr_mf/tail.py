@@ -1,0 +1,34 @@
+"""The solver inside a value or a gain: CG on the problem from layer t on."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from .operators import System
+from .operators.value import TailSolve
+from .solvers.cg import cg
+from .solvers.status import Code
+
+
+def tail_solver(rtol: float, max_iterations: int) -> TailSolve:
+    """Solves H u = b on a tail system for rows b, and does not hide how that went."""
+
+    def solve(tail: System, b: Tensor) -> Tensor:
+        if b.shape[1] == 0:
+            return b
+        result = cg(tail.condensed_product, b.mT, rtol=rtol, max_iterations=max_iterations)
+        if result.status.code in (Code.NEGATIVE_CURVATURE, Code.NOT_FINITE):
+            raise ValueError(f"the tail problem has no solution: {result.status}")
+        if result.status.code is Code.MAX_ITERATIONS:
+            worst = float(result.residual_norm.max())
+            warnings.warn(
+                f"a product with a value or gain has a relative residual of {worst:.1e}: "
+                f"{result.status}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return result.x.mT
+
+    return solve
