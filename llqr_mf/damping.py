@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from linear_operator import LinearOperator
+from linear_operator.operators import ConstantDiagLinearOperator, DiagLinearOperator
 from torch import Tensor
 
 from .operators import ControlCost, System
@@ -26,14 +28,19 @@ def control_cost(damping: Any, system: System, names: Sequence[str] | None) -> C
             or unknown.
     """
     sizes = system.sizes
-    if isinstance(damping, int | float):
-        return ControlCost.scalar(_number(damping, "damping"), sizes)
+    if isinstance(damping, Real):
+        return ControlCost.scalar(_number(float(damping), "damping"), sizes)
     if isinstance(damping, LinearOperator | Tensor):
         if isinstance(damping, Tensor) and damping.numel() == 1:
             return ControlCost.scalar(_number(float(damping), "damping"), sizes)
-        everything = tuple(range(len(sizes)))
         whole = _operator(damping, sum(sizes), "damping", system.proto)
-        return ControlCost(((everything, whole),), sizes)
+        if isinstance(whole, DiagLinearOperator | ConstantDiagLinearOperator):
+            # A diagonal couples no layers.
+            parts = whole.diagonal().split(list(sizes))
+            return ControlCost(
+                tuple(((i,), DiagLinearOperator(part)) for i, part in enumerate(parts)), sizes
+            )
+        return ControlCost(((tuple(range(len(sizes))), whole),), sizes)
     if isinstance(damping, Mapping):
         damping = _by_layer(damping, system, names)
     if not isinstance(damping, Sequence) or isinstance(damping, str):
@@ -48,7 +55,7 @@ def control_cost(damping: Any, system: System, names: Sequence[str] | None) -> C
         if not owned:
             continue
         what = f"damping of layer {t}"
-        if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
+        if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0):
             groups.append((owned, _number(float(value), what)))
         else:
             size = sum(sizes[i] for i in owned)
@@ -78,4 +85,9 @@ def _number(value: float, what: str) -> float:
 
 
 def _operator(value: Any, size: int, what: str, proto: Tensor) -> LinearOperator:
-    return checked_operator(value, (size, size), what, proto, symmetric=True)
+    operator = checked_operator(value, (size, size), what, proto, symmetric=True)
+    if isinstance(operator, DiagLinearOperator | ConstantDiagLinearOperator):
+        diagonal = operator.diagonal()
+        if not bool((diagonal.isfinite() & (diagonal >= 0)).all()):
+            raise ValueError(f"{what} has a diagonal entry that is negative, NaN or infinite.")
+    return operator

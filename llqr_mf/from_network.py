@@ -38,6 +38,8 @@ def network_problem(
     check: bool,
 ) -> LQRProblem:
     """Builds the problem; see `LQRProblem.from_network`."""
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns is {columns}: give at least 1 per pass, or None.")
     the_loss, the_metric = get_loss(loss), get_metric(metric)
     check_layers(layers)
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -54,7 +56,8 @@ def network_problem(
     model = the_metric.cost_model(the_loss, outputs, targets)
     parameters = dict(layers[0].program.model.named_parameters())
     proto = outputs.new_empty(0, dtype=parameters[linearization.parameters[0]].dtype)
-    stages = build_stages(linearization, proto)
+    named = {f"inputs[{i}]": x for i, x in enumerate(batch) if isinstance(x, Tensor)}
+    stages = build_stages(linearization, proto, {**parameters, **named})
     if model.costate is not None:
         with torch.no_grad():
             stages = with_curvature(stages, model.costate)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .factors import DUAL_SIZE, output_factor, state_factor
 from .gram import closed_form_gram, samples_are_apart, terminal_factor
-from .operators.apply import apply_rows
+from .operators.apply import apply_rows, as_operator
 from .operators.tangent import size_of
 from .problem import LQRProblem
 from .solution import Solution
@@ -29,6 +29,9 @@ from .streamed import StreamedProblem
 Problem: TypeAlias = LQRProblem | StreamedProblem
 
 Method = Literal["auto", "cg", "minres", "dual", "low_rank", "riccati"]
+
+HALF = (torch.float16, torch.bfloat16)
+"""Precisions in which only CG is chosen by `auto`."""
 
 GRAM_BY_PRODUCTS = 1024
 """Largest N r whose Gram matrix is formed by products when it has no closed form."""
@@ -61,7 +64,7 @@ def solve(
     problem: Problem,
     method: Method = "auto",
     *,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     max_iterations: int | None = None,
     preconditioner: Any = None,
     initial: Tensor | None = None,
@@ -88,7 +91,8 @@ def solve(
     Args:
         problem: From a network, from matrices, or a `StreamedProblem` (cg and minres only).
         method: Which.
-        rtol: Wanted true relative residual |H u + g| / |g|, per column.
+        rtol: Wanted true relative residual |H u + g| / |g|, per column. Default: 1e-6, and 1e-2 in
+            half precisions, whose products are good for no more.
         max_iterations: Limit of the iterative methods.
         preconditioner: For cg and minres: an operator (P, P), or a function of rows (k, P), that
             approximates H^{-1} and is positive definite.
@@ -110,6 +114,12 @@ def solve(
         ValueError: The method does not apply, and the message says which does.
     """
     b = _right_hand_side(problem, rhs)
+    if rtol is None:
+        rtol = 1e-2 if problem.dtype in HALF else 1e-6
+    if max_iterations is not None and max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}: give at least 1, or None.")
+    if isinstance(preconditioner, Tensor):
+        preconditioner = as_operator(preconditioner)
     options = _Options(
         *(rtol, max_iterations, preconditioner, initial, radius),
         *(on_negative_curvature, recurrence_dtype, flexible, progress, rhs is not None),
@@ -210,6 +220,8 @@ def _choose(problem: Problem, options: _Options) -> tuple[Method, str]:
         if largest <= AUTO_DENSE:
             return "riccati", f"the matrices are small (at most {largest})"
         return "cg", f"the matrices are large ({largest})"
+    if problem.dtype in HALF:
+        return "cg", "the products are in half precision, too coarse for a Gram matrix"
     factor = terminal_factor(problem)
     if factor is None:
         return "cg", "the costs are not one terminal cost with a known factor"

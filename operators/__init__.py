@@ -8,6 +8,7 @@ from .control_hessian import ControlCostOperator, ControlHessianOperator
 from .cross_hessian import CrossHessianOperator
 from .gain import GainOperator
 from .output_jacobian import OutputJacobianOperator
+from .scipy_bridge import to_scipy
 from .stage import OperatorStage, Stage, StateCost
 from .state_hessian import StateHessianOperator
 from .system import System, Trajectory
@@ -35,4 +36,5 @@ __all__ = [
     "TransposedOperator",
     "ValueOperator",
     "ZeroOperator",
+    "to_scipy",
 ]

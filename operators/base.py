@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from linear_operator import LinearOperator
 from torch import Tensor
@@ -113,7 +112,7 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
         if other.dtype != self.dtype or other.device != self.device:
             raise ValueError(
                 f"{type(self).__name__} is {self.dtype} on {self.device} and the right-hand side "
-                f"is {other.dtype} on {other.device}: convert one of them with .to()."
+                f"is {other.dtype} on {other.device}: convert the right-hand side with .to()."
             )
         return self._matmul(other)
 
@@ -182,28 +181,39 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
 
     def to_scipy(self) -> Any:
         """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
-        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        from .scipy_bridge import to_scipy
 
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return to_scipy(self)
 
-        def product(*, transposed: bool) -> Any:
-            def apply(x: Any) -> Any:
-                v = torch.from_numpy(np.asarray(x)).to(self.device, self.dtype)
-                with torch.no_grad():
-                    rows = v.reshape(len(v), -1).mT.contiguous()
-                    out = self.times_rows(rows, transposed=transposed).mT
-                return out.reshape(-1, *x.shape[1:]).to("cpu", wide).numpy()
+    def to(self, *args: Any, **kwargs: Any) -> LinearOperator:
+        """Itself, if that asks for nothing new: a linearisation keeps its dtype and device.
 
-            return apply
-
-        return ScipyOperator(
-            shape=self._sizes(),
-            dtype=torch.empty(0, dtype=wide).numpy().dtype,
-            matvec=product(transposed=False),
-            matmat=product(transposed=False),
-            rmatvec=product(transposed=True),
-            rmatmat=product(transposed=True),
+        Raises:
+            NotImplementedError: Another dtype or device was asked for.
+        """
+        wanted = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if (wanted.dtype, wanted.device) == (self.dtype, self.device):
+            return self
+        raise NotImplementedError(
+            f"{type(self).__name__} keeps the dtype and device of its linearisation: convert the "
+            "model and make a new problem, or convert the right-hand side."
         )
+
+    def type(self, dtype: torch.dtype) -> LinearOperator:
+        """As `to`."""
+        return self.to(dtype)
+
+    def float(self, device_id: str | None = None) -> LinearOperator:
+        """As `to`."""
+        return self.to(torch.float32)
+
+    def double(self, device_id: str | None = None) -> LinearOperator:
+        """As `to`."""
+        return self.to(torch.float64)
+
+    def half(self, device_id: str | None = None) -> LinearOperator:
+        """As `to`."""
+        return self.to(torch.float16)
 
 
 class TransposedOperator(MatrixFreeOperator):

@@ -54,7 +54,10 @@ class ControlCost:
 
     @cached_property
     def _inverse(self) -> ControlCost:
-        groups = tuple((blocks, _inverted(value)) for blocks, value in self.groups)
+        groups = tuple(
+            (blocks, _inverted(value) if any(self.sizes[i] for i in blocks) else value)
+            for blocks, value in self.groups
+        )
         return ControlCost(groups, self.sizes)
 
     @property

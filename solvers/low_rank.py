@@ -186,8 +186,8 @@ def low_rank(
     """
     if any(stage.curved for stage in system.stages):
         raise ValueError(
-            "the low-rank sweep needs positive costs with known factors: this problem has "
-            "second-order terms (a Newton-like metric); use method='cg'."
+            "the low-rank sweep needs positive costs with known factors: this problem has cross "
+            "terms S (a Newton-like metric has them); use method='cg'."
         )
     factors = [terminal]
     steps: list[LowRankStep] = []

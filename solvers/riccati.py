@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .status import Code, Status
 
+ROUNDING = 100 * torch.finfo(torch.float64).eps
+"""Relative rounding of a sum of products, per row of the matrix."""
+
 
 @dataclass(frozen=True)
 class RiccatiResult:
@@ -70,15 +73,29 @@ def riccati(
     P, p = Q[-1], q[-1]
     values, slopes, gains, offsets = [P], [p], [], []
     bad: tuple[int, float] | None = None
+    singular: list[int] = []
+    unbounded = False
+    # What rounding leaves of P, and of slopes, where the gain takes nearly all of them away.
+    noise, largest, steepest = 0.0, float(P.norm()), 0.0
     for t in range(len(A) - 1, -1, -1):
         curvature = _symmetric(R[t] + B[t].mT @ P @ B[t])
         cross = S[t] + B[t].mT @ P @ A[t]
         ahead = p + P @ f[t]
         slope = r[t] + B[t].mT @ ahead
-        inverse, least = _inverse(curvature)
-        if least <= 0 and bad is None:
+        steepest = max(steepest, float(slope.norm()))
+        inverse, least = _inverse(curvature, float(B[t].norm()) ** 2 * noise)
+        if least == 0:
+            singular.append(t)
+            # A slope along a direction without curvature is a way down without end.
+            gap = float((slope - curvature @ (inverse @ slope)).norm())
+            unbounded = unbounded or gap > 1e-8 * steepest
+        if (least < 0 or unbounded) and bad is None:
             bad = (t, least)
         K, k = -inverse @ cross, -inverse @ slope
+        whole = float((Q[t] + A[t].mT @ P @ A[t]).norm())
+        carried = float(torch.linalg.matrix_norm(A[t], 2)) ** 2 * noise if A[t].numel() else 0.0
+        largest = max(largest, whole)
+        noise = min(ROUNDING * len(Q[t]) * whole + carried, 1e-8 * largest)
         P, p = (
             _symmetric(Q[t] + A[t].mT @ P @ A[t] + cross.mT @ K),
             q[t] + A[t].mT @ ahead + K.mT @ slope,
@@ -101,7 +118,7 @@ def riccati(
         value_slopes=tuple(reversed(slopes)),
         gains=tuple(gains),
         offsets=tuple(offsets),
-        status=_status(bad, Q, R, S),
+        status=_status(bad, singular, Q, R, S),
     )
 
 
@@ -109,20 +126,26 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def _inverse(matrix: Tensor) -> tuple[Tensor, float]:
-    """The (pseudo-)inverse of a symmetric matrix and its least eigenvalue, 0 if singular."""
+def _inverse(matrix: Tensor, noise: float) -> tuple[Tensor, float]:
+    """The (pseudo-)inverse of a symmetric matrix and its least eigenvalue, 0 if it is rounding."""
     if len(matrix) == 0:
         return matrix, float("inf")
     eigenvalues, vectors = torch.linalg.eigh(matrix)
-    tolerance = eigenvalues.abs().max() * len(matrix) * torch.finfo(torch.float64).eps
+    tolerance = ROUNDING * len(matrix) * eigenvalues.abs().max() + noise
     singular = eigenvalues.abs() <= tolerance
     inverse = torch.where(singular, 0.0, 1 / torch.where(singular, 1.0, eigenvalues))
-    least = 0.0 if bool(singular.any()) else float(eigenvalues[0])
-    return (vectors * inverse) @ vectors.mT, min(least, float(eigenvalues[0]))
+    least = float(eigenvalues[0])
+    if least >= -float(tolerance) and bool(singular.any()):
+        least = 0.0
+    return (vectors * inverse) @ vectors.mT, least
 
 
 def _status(
-    bad: tuple[int, float] | None, Q: Sequence[Tensor], R: Sequence[Tensor], S: Sequence[Tensor]
+    bad: tuple[int, float] | None,
+    singular: list[int],
+    Q: Sequence[Tensor],
+    R: Sequence[Tensor],
+    S: Sequence[Tensor],
 ) -> Status:
     if bad is not None:
         t, least = bad
@@ -132,10 +155,15 @@ def _status(
             "has no minimum and the step is only its stationary point. Raise the damping, or use "
             "method='cg' with a trust-region radius.",
         )
-    joint = [t for t in range(len(R)) if _joint_least(Q[t], S[t], R[t]) < 0]
     note = ""
-    if joint:
+    if singular:
         note = (
+            f" R_t + B_t' P_(t+1) B_t is singular at stages {singular}: of the many minimisers, "
+            "the one with the least control there."
+        )
+    joint = [t for t in range(len(R)) if _joint_least(Q[t], S[t], R[t]) < 0]
+    if joint:
+        note += (
             f" The stage cost [[Q, S'], [S, R]] is indefinite at stages {joint}, and the whole "
             "objective is convex all the same."
         )

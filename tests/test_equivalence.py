@@ -604,7 +604,7 @@ def dampings(problem, layers):
     whole = spd(P, 77)
     yield "one matrix", whole, whole, False
     diagonal = 0.1 + normal(P, seed=5).abs()
-    yield "one diagonal", DiagLinearOperator(diagonal), torch.diag(diagonal), False
+    yield "one diagonal", DiagLinearOperator(diagonal), torch.diag(diagonal), True
     yield "tensor number", torch.tensor(0.25), 0.25 * torch.eye(P, dtype=F64), True
 
 

@@ -58,6 +58,13 @@ def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None
             "a tuple of as many, or give split() the same as example_inputs."
         )
     first_name, first = named[0]
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() forbids derivatives: make the problem outside it.")
+    if torch.is_autocast_enabled(first.device.type):
+        raise ValueError(
+            "torch.autocast would lower the precision of the linearisation: make the problem "
+            "outside of it, or convert the model."
+        )
     for name, parameter in named:
         if parameter.dtype != first.dtype or parameter.device != first.device:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,9 @@ class _Run:
         self.program, self.second_order = program, second_order
         trainable = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in trainable)
-        self.controls = {id(p): Slot(i, p.detach()) for i, (_, p) in enumerate(trainable)}
+        self.controls = {
+            id(p): Slot(i, p.detach(), is_parameter=True) for i, (_, p) in enumerate(trainable)
+        }
         self.shapes = {slot.id: tuple(slot.value.shape) for slot in self.controls.values()}
         self.next_id = len(trainable)
         self.complex_values: set[int] = set()
@@ -220,6 +223,12 @@ class _Run:
             for leaf in leaves
         ]
         ids = tuple(slot.id for slot in slots if isinstance(slot, Slot))
+        if node.op == "call_module" and linearized.moves and not any(linearized.moves):
+            warnings.warn(
+                f"the outputs of module '{call.owner}' do not depend differentiably on its inputs: "
+                "nothing before it gets a step through it.",
+                stacklevel=2,
+            )
         if not ids:
             return linearized.result
         linearized.result = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
 from .chain import Chain, LayerSpec, chain_by_hooks, run_chain
@@ -45,7 +46,7 @@ class Layer:
 def split(
     model: nn.Module | Sequence[LayerSpec],
     *,
-    cuts: Sequence[str] | None = None,
+    cuts: Sequence[str] | str | None = None,
     example_inputs: Tensor | tuple[Tensor, ...] | None = None,
 ) -> list[Layer]:
     """Turns a model into the chain of layers x_{t+1} = f_t(x_t, theta_t).
@@ -73,7 +74,14 @@ def split(
     if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList):
         if cuts is not None:
             raise ValueError("cuts go with a module; in a list every item is one layer already.")
+        if not isinstance(model, Iterable):
+            raise ValueError(
+                f"model is a {type(model).__name__}: give a module, or a list of layers."
+            )
         return _split_list(list(model), example_inputs)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a ScriptModule has no Python code to trace: split the original module.")
+    cuts = [cuts] if isinstance(cuts, str) else cuts
     count = _count(example_inputs) or required_inputs(model)
     program = trace(model, lambda twin, *args: twin(*args), count)
     if "" in program.whole and example_inputs is not None:

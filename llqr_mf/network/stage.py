@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..operators.tangent import Shape, Tangent, add
 from ..rules.base import Curvature
 from .linearize import BoundNode, Linearization
+from .snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class NetworkStage:
         controls: Shapes of the controls.
         proto: Carries dtype and device.
         curvatures: For Newton-like metrics, each node's second derivative at its costate.
+        snapshot: The parameters that enter here, to notice if they are written to.
     """
 
     nodes: tuple[BoundNode, ...]
@@ -38,6 +41,7 @@ class NetworkStage:
     controls: tuple[Shape, ...]
     proto: Tensor
     curvatures: tuple[Curvature | None, ...] = ()
+    snapshot: Snapshot | None = None
 
     @property
     def curved(self) -> bool:
@@ -46,6 +50,7 @@ class NetworkStage:
 
     def forward(self, x: Tangent, u: Tangent) -> tuple[Tangent, Any]:
         """A x + B u; the record is the tangents, kept only where curvature will read them."""
+        self._check()
         moved: dict[int, Tensor] = {
             i: v
             for i, v in zip((*self.state_ids, *self.control_ids), (*x, *u), strict=True)
@@ -70,6 +75,7 @@ class NetworkStage:
         out: Sequence[Tensor] | None = None,
     ) -> tuple[Tangent, Tangent]:
         """A' p + Q x + S' u and B' p + S x + R u."""
+        self._check()
         sums: dict[int, Tensor] = {}
         for i, p in zip(self.next_ids, costate, strict=True):
             if p is not None:
@@ -99,6 +105,16 @@ class NetworkStage:
             elif part is not buffer:
                 buffer.copy_(part)
         return state, controls
+
+    def _check(self) -> None:
+        """Products are of the weights that were linearised, in the precision they have."""
+        if self.snapshot is not None:
+            self.snapshot.check()
+        if torch.is_autocast_enabled(self.proto.device.type):
+            raise RuntimeError(
+                "torch.autocast would lower the precision of the products: solve outside of it, or "
+                "convert the model for products in another precision."
+            )
 
     def own_output(self) -> int | None:
         """Which component of the next state this layer made last; None if all are carried."""
@@ -132,12 +148,20 @@ def _accumulate(
             sums[i] = total
 
 
-def build_stages(linearization: Linearization, proto: Tensor) -> list[NetworkStage]:
+def build_stages(
+    linearization: Linearization, proto: Tensor, tensors: Mapping[str, Tensor] | None = None
+) -> list[NetworkStage]:
     """One stage per layer, the states cut where the layers meet.
 
     A value is in the state between two layers when it moves with the controls or the input, was
     made before the cut and is read after it. A parameter read by several layers is the control
     of the first and part of the state from there to the last.
+
+    Args:
+        linearization: The whole network's.
+        proto: Carries dtype and device.
+        tensors: The parameters by name, and the batch's tensors under other names, for the stages
+            to notice if they are written to.
     """
     T = len(linearization.layers)
     parameters = len(linearization.parameters)
@@ -176,9 +200,18 @@ def build_stages(linearization: Linearization, proto: Tensor) -> list[NetworkSta
             next_state=tuple(shapes[i] for i in states[t + 1]),
             controls=tuple(shapes[i] for i in controls[t]),
             proto=proto,
+            snapshot=_snapshot(linearization, controls[t], t == 0, tensors or {}),
         )
         for t, nodes in enumerate(linearization.layers)
     ]
+
+
+def _snapshot(
+    linearization: Linearization, controls: list[int], is_first: bool, tensors: Mapping[str, Tensor]
+) -> Snapshot:
+    mine = [linearization.parameters[i] for i in controls]
+    others = set(tensors) - set(linearization.parameters) if is_first else ()
+    return Snapshot((name, tensors[name]) for name in (*mine, *others) if name in tensors)
 
 
 def with_curvature(stages: Sequence[NetworkStage], costate: Tensor) -> list[NetworkStage]:

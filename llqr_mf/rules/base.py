@@ -27,10 +27,12 @@ class Slot:
     Args:
         id: The program value it is.
         value: Its value on this batch.
+        is_parameter: Whether it is one of the model's own tensors, which may be written to later.
     """
 
     id: int
     value: Tensor
+    is_parameter: bool = False
 
 
 @dataclass(frozen=True)

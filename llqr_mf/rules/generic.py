@@ -29,7 +29,9 @@ class GenericNode(Node):
         slots = call.slots
         self._owner = call.owner
         with torch.enable_grad():
-            self._inputs = [slot.value.detach().requires_grad_() for slot in slots]
+            # Autograd refuses a graph whose weights were written to, even if they were put back.
+            values = [s.value.detach().clone() if s.is_parameter else s.value for s in slots]
+            self._inputs = [value.detach().requires_grad_() for value in values]
             result = call.with_values(self._inputs)
             leaves = [leaf for leaf in tree_leaves(result) if is_active_leaf(leaf)]
             self.moves = [leaf.requires_grad for leaf in leaves]
