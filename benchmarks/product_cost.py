@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -78,20 +79,21 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any
                 ]
             ),
         },
-        repeats=max(3, options.repeats // 4),
+        # A round is 32 products; about a minute of rounds, three at least.
+        repeats=max(3, min(15, int(60 / (45 * median(seconds["gradient"]))))),
         device=device,
     )
     row = {
         "net": name,
         "batch": len(x),
         "parameters": problem.size,
-        "gradient seconds": sorted(seconds["gradient"])[len(seconds["gradient"]) // 2],
+        "gradient seconds": median(seconds["gradient"]),
         "gradients per product": median_ratio(seconds, "product", "gradient"),
         "gradients per product into a buffer": median_ratio(
             seconds, "product into a buffer", "gradient"
         ),
         "16 columns over 16 single": median_ratio(blocks, "16 columns", "16 single"),
-        "spread": {name: spread(values) for name, values in seconds.items()},
+        "spread": {name: spread(values) for name, values in {**seconds, **blocks}.items()},
     }
     if peer is not None:
         row["gradients per curvlinops product"] = median_ratio(seconds, "curvlinops", "gradient")

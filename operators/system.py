@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .control_cost import ControlCost
+from .fresh import fresh_rows
 from .stage import Stage, StateCost
 from .tangent import Shape, Tangent, add_tangents, is_plain, size_of, to_rows
 
@@ -203,7 +203,7 @@ class System:
         zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))
         in_place = is_plain(u)
         if out is None and in_place:
-            out = torch.empty_like(u, memory_format=torch.contiguous_format)
+            out = fresh_rows(u, *u.shape)
         _, product = self.adjoint(zero, trajectory, out=out)
         assert product is not None
         return self.control_cost.add_product(u, product, in_place=in_place)
@@ -218,7 +218,7 @@ class System:
         some = next((part for part in costate if part is not None), None)
         out = None
         if some is not None and is_plain(some):
-            out = self.proto.new_empty(columns, self.control_size)
+            out = fresh_rows(self.proto, columns, self.control_size)
         product = self.adjoint(costate, out=out, columns=columns)[1]
         assert product is not None
         return product

@@ -405,7 +405,7 @@ def test_steps_that_do_not_fit():
     model, inputs, targets = network("mlp")
     problem = lq.LQRProblem.from_network(lq.split(model), inputs, targets, loss="cross_entropy")
     for u in (normal(5), normal(5, 73), normal(73, dtype=torch.float32)):
-        with pytest.raises(ValueError, match=r"cannot multiply a tensor of shape|convert the right-hand"):
+        with pytest.raises(ValueError, match=r"cannot multiply a tensor|convert the right-hand"):
             problem.objective(u)
     for t in (-1, 6, 99):
         with pytest.raises(ValueError, match=re.escape(f"time {t} is outside of 0..5")):
