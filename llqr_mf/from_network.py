@@ -44,10 +44,7 @@ def network_problem(
     check_layers(layers)
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
     check_batch(layers[0].program, batch, targets)
-    # Whether second-order terms are needed shows only at the outputs, so they are kept if the
-    # metric overrides its costate.
-    second_order = _may_curve(the_metric)
-    linearization = linearize(layers, batch, second_order=second_order)
+    linearization = linearize(layers, batch, second_order=the_metric.may_curve)
     outputs = linearization.outputs
     check_finite(layers[0].program.model, outputs)
     the_loss.check(outputs, targets)
@@ -80,14 +77,6 @@ def network_problem(
     return cls.__new__(cls)._assemble(
         system, linearization.parameters, linear, None, None, origin, columns
     )
-
-
-def _may_curve(metric: Any) -> bool:
-    from .metrics import Metric, StateCosts
-
-    if isinstance(metric, StateCosts):
-        return _may_curve(metric.base)
-    return type(metric).costate is not Metric.costate
 
 
 def _system(linearization: Linearization, stages: Sequence[NetworkStage], proto: Tensor) -> System:

@@ -53,10 +53,13 @@ def closed_form_gram(problem: LQRProblem) -> Tensor | None:
             cotangents = [sums.pop(i, None) for i in bound.outputs]
             if all(c is None for c in cotangents):
                 continue
-            part = _node_gram(bound, cotangents, damping)
-            if part is None:
-                return None
-            gram += part
+            for index, i in enumerate(bound.inputs):
+                if i >= len(damping):
+                    continue
+                part = _parameter_gram(bound, cotangents, index)
+                if part is None:
+                    return None
+                gram.add_(part, alpha=1 / damping[i])
             needed = [i >= len(damping) and i in moving for i in bound.inputs]
             pulled = bound.node.pull_all(cotangents, needed, [None] * len(needed))
             for i, piece in zip(bound.inputs, pulled, strict=True):
@@ -142,22 +145,8 @@ def _moving(problem: LQRProblem) -> set[int]:
     return moving
 
 
-def _node_gram(
-    bound: BoundNode, cotangents: list[Tensor | None], damping: tuple[float, ...]
-) -> Tensor | None:
-    total: Tensor | float = 0.0
-    for index, i in enumerate(bound.inputs):
-        if i >= len(damping):
-            continue
-        if len(cotangents) != 1 or cotangents[0] is None:
-            return None
-        part = bound.node.gram(cotangents[0], index)
-        if part is None:
-            return None
-        total = total + part / damping[i]
-    return total if isinstance(total, Tensor) else _zero(cotangents)
-
-
-def _zero(cotangents: list[Tensor | None]) -> Tensor:
-    some = next(c for c in cotangents if c is not None)
-    return some.new_zeros(())
+def _parameter_gram(bound: BoundNode, cotangents: list[Tensor | None], index: int) -> Tensor | None:
+    """The share of one input that is a parameter, without its damping."""
+    if len(cotangents) != 1 or cotangents[0] is None:
+        return None
+    return bound.node.gram(cotangents[0], index)

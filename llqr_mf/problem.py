@@ -14,6 +14,7 @@ from torch import Tensor
 from .layout import Layout
 from .operators import (
     CondensedHessianOperator,
+    ControlCostOperator,
     ControlHessianOperator,
     ControlOperator,
     CrossHessianOperator,
@@ -221,7 +222,7 @@ class LQRProblem:
                     )
                 )
             else:
-                made.append(cost.operator(system.proto))
+                made.append(ControlCostOperator(system.proto, cost=cost))
         return tuple(made)
 
     @cached_property

@@ -98,12 +98,6 @@ class ControlCost:
             groups.append((inside, value))
         return ControlCost(tuple(groups), tuple(self.sizes[i] for i in blocks))
 
-    def operator(self, proto: Tensor) -> LinearOperator:
-        """R as a `LinearOperator` of the whole size."""
-        from .control_hessian import ControlCostOperator
-
-        return ControlCostOperator(proto, cost=self)
-
     def inverse(self) -> ControlCost:
         """R^{-1}; raises as `inverse_product` does."""
         return self._inverse

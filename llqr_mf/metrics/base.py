@@ -49,6 +49,11 @@ class Metric(ABC):
         """P_T, of the outputs' shape; None where the divergence's gradient vanishes."""
         return None
 
+    @property
+    def may_curve(self) -> bool:
+        """Whether `costate` may be more than None: whether layers must keep second derivatives."""
+        return type(self).costate is not Metric.costate
+
     def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
         """What the curvature's mean divides by, so that means over batches can be averaged."""
         return float(loss.count(outputs, targets))

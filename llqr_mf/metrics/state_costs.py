@@ -57,6 +57,11 @@ class StateCosts(Metric):
         """The base's Q_T, shape (N*D, N*D)."""
         return self.base.terminal(loss, outputs, targets)
 
+    @property
+    def may_curve(self) -> bool:
+        """The base's."""
+        return self.base.may_curve
+
     def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
         """The base's."""
         return self.base.mass(loss, outputs, targets)

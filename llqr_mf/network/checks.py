@@ -51,11 +51,11 @@ def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None
         ValueError: With the argument's or parameter's name, and the remedy.
     """
     named = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
-    wanted = sum(node.op == "placeholder" for node in program.graph.nodes)
-    if len(inputs) != wanted:
+    if len(inputs) != program.inputs:
         raise ValueError(
-            f"inputs holds {len(inputs)} tensors and split() saw a model that takes {wanted}: pass "
-            "a tuple of as many, or give split() the same as example_inputs."
+            f"inputs holds {len(inputs)} tensors and split() saw a model that takes "
+            f"{program.inputs}: pass a tuple of as many, or give split() the same as "
+            "example_inputs."
         )
     first_name, first = named[0]
     if torch.is_inference_mode_enabled():

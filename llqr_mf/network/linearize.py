@@ -104,7 +104,7 @@ class _Run:
         placed = {node: layer.index for layer in layers for node in layer.nodes}
         readers = {node: len(node.users) for node in self.program.graph.nodes}
         bound: list[list[BoundNode]] = [[] for _ in layers]
-        expected = sum(node.op == "placeholder" for node in self.program.graph.nodes)
+        expected = self.program.inputs
         if expected != len(inputs):
             raise ValueError(
                 f"inputs holds {len(inputs)} tensors and the layers were made for {expected}: for "

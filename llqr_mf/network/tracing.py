@@ -52,6 +52,11 @@ class Program:
     modes: dict[str, bool]
     whole: dict[str, str]
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs the model was traced with."""
+        return sum(node.op == "placeholder" for node in self.graph.nodes)
+
     def changed_mode(self) -> str | None:
         """The first module whose train or evaluation mode is no longer the traced one."""
         for name, module in self.model.named_modules():
