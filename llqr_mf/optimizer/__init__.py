@@ -1,0 +1,1 @@
+"""The LLQR optimizer."""

@@ -1,0 +1,144 @@
+"""What a structured inverse preconditioner is."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from ..operators.base import MatrixFreeOperator
+from .blueprint import Blueprint, Like
+from .chart import Chart
+
+Parts: TypeAlias = dict[str, Tensor]
+"""Rows by parameter name: each (k, *shape)."""
+
+S = TypeVar("S", bound="Structure")
+
+
+class Structure(MatrixFreeOperator):
+    """M, a symmetric positive-definite approximation of H^{-1}; shape (P, P), block diagonal.
+
+    The step of a gradient g is -M g. A structure holds plain tensors under names that begin with
+    the parameter's, and they are the only thing about it that changes: `fit` writes them through
+    the structure's charts, an optimizer averages them with `blend_`, a checkpoint stores them.
+
+    Args:
+        like: What it is made for: a problem, a model, or tensors by name.
+    """
+
+    symmetric = True
+    kind: ClassVar[str]
+
+    def __init__(self, like: Like) -> None:
+        self.blueprint = Blueprint.of(like)
+        self.layout = self.blueprint.layout
+        super().__init__(self.blueprint.proto)
+        self.tensors: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def times_parts(self, parts: Mapping[str, Tensor]) -> Parts:
+        """M times rows given by parameter name, each (k, *shape); the optimizer's way in."""
+
+    @abstractmethod
+    def inverse(self) -> LinearOperator:
+        """M^{-1}; shape (P, P)."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """log det M, a scalar."""
+
+    @abstractmethod
+    def scale_(self, c: float) -> None:
+        """M becomes c M, c > 0."""
+
+    @abstractmethod
+    def blend_(self: S, other: S, weight: float) -> None:
+        """M becomes about (1 - weight) M + weight other, other of the same kind and layout.
+
+        A structure that is no linear space says how it averages.
+        """
+
+    def charts(self) -> Sequence[Chart]:
+        """Coordinates in which M is linear, for `fit`; one after another, in turn. None: fixed."""
+        return ()
+
+    # ---- as an operator
+
+    def _sizes(self) -> tuple[int, int]:
+        size = sum(self.layout.sizes)
+        return size, size
+
+    def _rows(self, v: Tensor) -> Tensor:
+        return self.join(self.times_parts(self.split(v)), v)
+
+    def split(self, v: Tensor) -> Parts:
+        """Rows (k, P) by parameter name (views)."""
+        pieces = v.split(self.layout.sizes, dim=1)
+        named = zip(self.layout.names, pieces, self.layout.shapes, strict=True)
+        return {name: piece.reshape(len(v), *shape) for name, piece, shape in named}
+
+    def join(self, parts: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """Rows (k, P) of rows by parameter name."""
+        if not self.layout.names:
+            return like.clone()
+        return torch.cat([parts[name].reshape(len(like), -1) for name in self.layout.names], dim=1)
+
+    def clone(self: S) -> S:
+        """An independent copy."""
+        other = self._bare()
+        other.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return other
+
+    def detach(self: S) -> S:
+        """Itself: its tensors carry no graph."""
+        return self
+
+    def assign_(self: S, other: S) -> None:
+        """Takes over the values of another of the same kind and layout."""
+        for name, tensor in other.tensors.items():
+            self.tensors[name].copy_(tensor)
+
+    def _bare(self: S) -> S:
+        """The same options on the same blueprint, tensors shared."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors by name, safe for `torch.load(weights_only=True)`."""
+        return {"kind": self.kind, "tensors": dict(self.tensors)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`, in place and without casting anything down.
+
+        Raises:
+            ValueError: The state is of another structure; nothing has been changed then.
+        """
+        if state.get("kind") != self.kind:
+            raise ValueError(
+                f"the state is of a '{state.get('kind')}' structure and this one is '{self.kind}'."
+            )
+        given = state["tensors"]
+        if set(given) != set(self.tensors):
+            names = sorted(set(given) ^ set(self.tensors))
+            raise ValueError(f"the state does not fit this structure: {names[:4]} differ.")
+        for name, tensor in self.tensors.items():
+            if given[name].shape != tensor.shape:
+                raise ValueError(
+                    f"'{name}' has shape {tuple(given[name].shape)} in the state and "
+                    f"{tuple(tensor.shape)} here."
+                )
+        for name, tensor in self.tensors.items():
+            tensor.copy_(given[name])
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())

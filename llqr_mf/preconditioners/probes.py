@@ -1,0 +1,74 @@
+"""Vectors on which a preconditioner is fitted, as rows (k, P)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..gram import terminal_factor
+from ..problem import LQRProblem
+
+
+def gradient_probes(problem: LQRProblem, count: int = 1) -> Tensor:
+    """Gradients of `count` micro-batches of a problem's batch; their mean is its gradient.
+
+    One adjoint sweep of `count` rows. Where samples interact (train-mode BatchNorm), a row is the
+    derivative of that micro-batch's share of the loss, in the statistics of the whole batch.
+
+    Args:
+        problem: From a network.
+        count: k, at most the number of samples.
+
+    Raises:
+        ValueError: The problem is of given matrices and `count` is more than 1, or there are
+            fewer samples than that.
+    """
+    if count == 1:
+        return problem.gradient.unsqueeze(0)
+    origin = problem.origin
+    if origin is None:
+        raise ValueError("a problem of given matrices has no samples to split: use count=1.")
+    (slope,) = problem._linear[-1]
+    assert slope is not None
+    samples = len(slope)
+    if not 1 <= count <= samples:
+        raise ValueError(f"{count} micro-batches of {samples} samples: give 1 to {samples}.")
+    rows = slope.new_zeros(count, *slope.shape)
+    owner = torch.arange(samples, device=slope.device) * count // samples
+    rows[owner, torch.arange(samples, device=slope.device)] = slope * count
+    return _pull(problem, rows)
+
+
+def curvature_probes(problem: LQRProblem, count: int, generator: torch.Generator) -> Tensor:
+    """J'L z with random signs z: their covariance is J'Q_T J, the curvature without damping.
+
+    For the Fisher metric, gradients at targets that the model itself might draw. One adjoint
+    sweep of `count` rows.
+
+    Args:
+        problem: Whose terminal cost has a factor Q_T = L L', and no other cost but R.
+        count: k.
+        generator: Of the signs, on the problem's device.
+
+    Raises:
+        ValueError: The terminal cost has no factor, or is not the only one.
+    """
+    factor = terminal_factor(problem)
+    if factor is None or problem.origin is None:
+        raise ValueError(
+            "curvature probes need a network's problem whose only cost is at the output, with a "
+            "known factor: use metric='gauss_newton' or 'fisher' with a built-in loss."
+        )
+    shape = (count, factor.rank or 0, factor.samples)
+    signs = torch.randint(0, 2, shape, generator=generator, device=factor.device)
+    rows = factor.factor((2 * signs - 1).to(factor.dtype))
+    return _pull(problem, rows.reshape(count, *problem.origin.outputs.shape))
+
+
+def _pull(problem: LQRProblem, rows: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = [
+            problem.system.output_product_t((part,), len(part))
+            for part in rows.split(problem._columns)
+        ]
+    return torch.cat(parts)

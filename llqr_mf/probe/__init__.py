@@ -1,0 +1,1 @@
+"""Probing curvature and what approximates it."""
