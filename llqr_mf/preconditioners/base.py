@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
-from linear_operator import LinearOperator
 from torch import Tensor
 
 from ..operators.base import MatrixFreeOperator
@@ -42,15 +41,15 @@ class Structure(MatrixFreeOperator):
 
     @abstractmethod
     def times_parts(self, parts: Mapping[str, Tensor]) -> Parts:
-        """M times rows given by parameter name, each (k, *shape); the optimizer's way in."""
+        """M times rows given by parameter name, each (k, *shape), in the dtype of M."""
 
     @abstractmethod
-    def inverse(self) -> LinearOperator:
-        """M^{-1}; shape (P, P)."""
+    def inverse(self) -> Structure:
+        """M^{-1}; shape (P, P). A snapshot: it does not follow later changes of M."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
-        """log det M, a scalar."""
+        """The log-determinant of M, a scalar."""
 
     @abstractmethod
     def scale_(self, c: float) -> None:
@@ -66,6 +65,23 @@ class Structure(MatrixFreeOperator):
     def charts(self) -> Sequence[Chart]:
         """Coordinates in which M is linear, for `fit`; one after another, in turn. None: fixed."""
         return ()
+
+    def precondition(self, parts: Mapping[str, Tensor]) -> Parts:
+        """M times rows of any float dtype, each (k, *shape); the result in the dtype given.
+
+        The product itself runs in the dtype of M, float32 at least: the optimizer's way in.
+
+        Raises:
+            ValueError: A parameter of the layout is missing, or one is given that is not in it.
+        """
+        if set(parts) != set(self.layout.names):
+            names = sorted(set(parts) ^ set(self.layout.names))
+            raise ValueError(
+                f"M acts on all parameters of its layout at once and {names[:4]} differ: give "
+                "zeros for a parameter without a gradient."
+            )
+        out = self.times_parts({name: part.to(self.dtype) for name, part in parts.items()})
+        return {name: out[name].to(part.dtype) for name, part in parts.items()}
 
     # ---- as an operator
 
@@ -84,8 +100,6 @@ class Structure(MatrixFreeOperator):
 
     def join(self, parts: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Rows (k, P) of rows by parameter name."""
-        if not self.layout.names:
-            return like.clone()
         return torch.cat([parts[name].reshape(len(like), -1) for name in self.layout.names], dim=1)
 
     def clone(self: S) -> S:
@@ -100,6 +114,7 @@ class Structure(MatrixFreeOperator):
 
     def assign_(self: S, other: S) -> None:
         """Takes over the values of another of the same kind and layout."""
+        self.check_alike(other)
         for name, tensor in other.tensors.items():
             self.tensors[name].copy_(tensor)
 
@@ -107,7 +122,41 @@ class Structure(MatrixFreeOperator):
         """The same options on the same blueprint, tensors shared."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other.__dict__.pop("_memoize_cache", None)  # linear_operator's, of another state
         return other
+
+    def representation_tree(self) -> Any:
+        """Rebuilds nothing: linear_operator's sums and products multiply by M itself."""
+        return lambda *_: self
+
+    # ---- checks before anything changes
+
+    def check_alike(self, other: Structure) -> None:
+        """Whether another has the same kind and tensors of the same names and shapes.
+
+        Raises:
+            ValueError: It has not.
+        """
+        if other.kind != self.kind or other.layout != self.layout:
+            raise ValueError(
+                f"'other' is a '{other.kind}' structure and this one is '{self.kind}', or their "
+                "layouts differ: make both with the same class, options and parameters."
+            )
+        shapes = {name: t.shape for name, t in other.tensors.items()}
+        if shapes != {name: t.shape for name, t in self.tensors.items()}:
+            raise ValueError("'other' was made with other options: its tensors differ in shape.")
+
+    def check_blend(self, other: Structure, weight: float) -> None:
+        """`check_alike`, and 0 <= weight <= 1, outside of which a mean may be indefinite."""
+        self.check_alike(other)
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight must be from 0 to 1 and is {weight}.")
+
+    @staticmethod
+    def check_scale(c: float) -> None:
+        """Whether c M is positive definite."""
+        if not 0 < c < float("inf"):
+            raise ValueError(f"c must be positive and finite, and is {c}.")
 
     # ---- checkpoints
 
@@ -125,7 +174,7 @@ class Structure(MatrixFreeOperator):
             raise ValueError(
                 f"the state is of a '{state.get('kind')}' structure and this one is '{self.kind}'."
             )
-        given = state["tensors"]
+        given = state.get("tensors", {})
         if set(given) != set(self.tensors):
             names = sorted(set(given) ^ set(self.tensors))
             raise ValueError(f"the state does not fit this structure: {names[:4]} differ.")
@@ -134,6 +183,11 @@ class Structure(MatrixFreeOperator):
                 raise ValueError(
                     f"'{name}' has shape {tuple(given[name].shape)} in the state and "
                     f"{tuple(tensor.shape)} here."
+                )
+            if torch.promote_types(given[name].dtype, tensor.dtype) != tensor.dtype:
+                raise ValueError(
+                    f"'{name}' is {given[name].dtype} in the state and {tensor.dtype} here: make "
+                    "the structure for parameters of the wider dtype."
                 )
         for name, tensor in self.tensors.items():
             tensor.copy_(given[name])

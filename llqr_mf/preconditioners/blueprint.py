@@ -1,4 +1,4 @@
-"""What a structure is made for: the layout of a step, its dtype and device, and vocabulary sides."""
+"""What a structure is made for: the layout of a step, dtype, device and vocabulary sides."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Blueprint:
         if isinstance(found, Blueprint):
             return found
         if isinstance(like, nn.Module):
-            named = {name: p for name, p in like.named_parameters() if p.requires_grad}
+            named: dict[str, Tensor] = {n: p for n, p in like.named_parameters() if p.requires_grad}
             return _of_tensors(named, vocabulary_sides(like))
         if isinstance(like, Mapping):
             return _of_tensors(dict(like), {})

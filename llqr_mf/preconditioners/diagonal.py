@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from linear_operator import LinearOperator
-from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from .base import Parts, Structure
 from .blueprint import Like
-from .chart import Chart
+from .chart import Chart, ElementwiseChart
 
 
 class Diagonal(Structure):
@@ -39,51 +37,36 @@ class Diagonal(Structure):
     def _diagonal(self) -> Tensor:
         return self.flat()
 
-    def inverse(self) -> LinearOperator:
+    def inverse(self) -> Diagonal:
         """diag(1 / d)."""
-        return DiagLinearOperator(1 / self.flat())
+        other = self._bare()
+        other.tensors = {name: 1 / tensor for name, tensor in self.tensors.items()}
+        return other
 
     def logdet(self) -> Tensor:
-        """sum log d."""
+        """The sum of log d."""
         return self.flat().log().sum()
 
     def scale_(self, c: float) -> None:
-        """d becomes c d."""
+        """Multiplies d by c."""
+        self.check_scale(c)
         for tensor in self.tensors.values():
             tensor.mul_(c)
 
     def blend_(self, other: Diagonal, weight: float) -> None:
         """The mean of the two diagonals."""
+        self.check_blend(other, weight)
         for name, tensor in self.tensors.items():
             tensor.lerp_(other.tensors[name], weight)
 
     def charts(self) -> Sequence[Chart]:
-        """d itself."""
-        return (_DiagonalChart(self),)
+        """The diagonal itself."""
+        return (_DiagonalChart(list(self.tensors.values())),)
 
 
-class _DiagonalChart(Chart):
-    elementwise = True
-
-    def __init__(self, structure: Diagonal) -> None:
-        self.structure = structure
-
-    def get(self) -> Tensor:
-        return self.structure.flat()
-
-    def put(self, phi: Tensor) -> None:
-        sizes = self.structure.layout.sizes
-        for tensor, part in zip(self.structure.tensors.values(), phi.split(sizes), strict=True):
-            tensor.copy_(part.reshape(tensor.shape))
-
+class _DiagonalChart(ElementwiseChart):
     def times(self, phi: Tensor, v: Tensor) -> Tensor:
         return phi * v
 
     def pull(self, v: Tensor, w: Tensor) -> Tensor:
         return (v * w).sum(0)
-
-    def project(self, phi: Tensor, floor: float) -> Tensor:
-        return phi.clamp(min=floor * float(self.structure.flat().mean()))
-
-    def mass(self) -> Tensor:
-        return torch.ones_like(self.get())

@@ -130,6 +130,6 @@ def times_side(x: Tensor, matrix: Tensor, side: int) -> Tensor:
 
 
 def side_moments(x: Tensor, y: Tensor, side: int) -> Tensor:
-    """sum over rows and all other sides of x y' in one side; (k, *sides) twice to (n, n)."""
+    """Sum over rows and all other sides of x y' in one side; (k, *sides) twice to (n, n)."""
     a, b = (t.movedim(side + 1, -1).reshape(-1, t.shape[side + 1]) for t in (x, y))
     return a.mT @ b
