@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gram import terminal_factor
 from .operators.apply import apply_rows
 from .operators.outer_curvature import OuterCurvature
 from .operators.output_curvature import OutputCurvature
+from .output_sweep import terminal_factor
 from .problem import LQRProblem
 
 DUAL_SIZE = 4096

@@ -12,9 +12,10 @@ from linear_operator.operators import DenseLinearOperator
 from torch import Tensor
 
 from .factors import DUAL_SIZE, output_factor, state_factor
-from .gram import closed_form_gram, samples_are_apart, terminal_factor
+from .gram import closed_form_gram
 from .operators.apply import apply_rows, as_operator
 from .operators.tangent import size_of
+from .output_sweep import samples_are_apart, terminal_factor
 from .problem import LQRProblem
 from .solution import Solution
 from .solvers.cg import cg

@@ -25,9 +25,10 @@ from small_models import (
 from torch import nn
 
 import llqr_mf as lq
-from llqr_mf.gram import closed_form_gram, terminal_factor
+from llqr_mf.gram import closed_form_gram
 from llqr_mf.losses import BCEWithLogits, CrossEntropy, MeanSquaredError
 from llqr_mf.metrics import Divergence, Fisher, Newton, Renyi, StateCosts
+from llqr_mf.output_sweep import terminal_factor
 
 TOLERANCE = 1e-8
 DIRECT, ITERATIVE = ("riccati", "dual", "low_rank"), ("cg", "minres", "auto")

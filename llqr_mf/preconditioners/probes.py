@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gram import terminal_factor
+from ..output_sweep import required_factor, signed_columns
 from ..problem import LQRProblem
 
 
@@ -53,15 +53,9 @@ def curvature_probes(problem: LQRProblem, count: int, generator: torch.Generator
     Raises:
         ValueError: The terminal cost has no factor, or is not the only one.
     """
-    factor = terminal_factor(problem)
-    if factor is None or problem.origin is None:
-        raise ValueError(
-            "curvature probes need a network's problem whose only cost is at the output, with a "
-            "known factor: use metric='gauss_newton' or 'fisher' with a built-in loss."
-        )
-    shape = (count, factor.rank or 0, factor.samples)
-    signs = torch.randint(0, 2, shape, generator=generator, device=factor.device)
-    rows = factor.factor((2 * signs - 1).to(factor.dtype))
+    factor = required_factor(problem, "curvature probes")
+    assert problem.origin is not None
+    rows = torch.cat(list(signed_columns(factor, count, generator)))
     return _pull(problem, rows.reshape(count, *problem.origin.outputs.shape))
 
 

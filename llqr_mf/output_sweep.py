@@ -1,0 +1,224 @@
+"""Curvature at the output, pulled back call by call to where the parameters are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .network.linearize import BoundNode
+from .operators.output_curvature import OutputCurvature
+from .operators.tangent import add
+from .problem import LQRProblem
+
+PASS = 16
+"""Output columns made at a time."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One argument of a call that is a parameter.
+
+    Args:
+        bound: The call.
+        index: Which of its inputs.
+    """
+
+    bound: BoundNode
+    index: int
+
+    @property
+    def role(self) -> str | None:
+        """What the parameter is there: "weight", "bias", or None where the rule has no names."""
+        roles: list[str] | None = getattr(self.bound.node, "roles", None)
+        return None if roles is None else roles[self.index]
+
+
+def calls(problem: LQRProblem) -> Iterator[BoundNode]:
+    """The linearised calls of a network's problem, first to last."""
+    assert problem.origin is not None
+    return (bound for nodes in problem.origin.linearization.layers for bound in nodes)
+
+
+def parameter_reads(problem: LQRProblem) -> dict[str, list[Read]]:
+    """Every read of every parameter, by its name; empty for one that nothing reads."""
+    reads: dict[str, list[Read]] = {name: [] for name in problem.names}
+    for bound in calls(problem):
+        for index, i in enumerate(bound.inputs):
+            if i < len(problem.names):
+                reads[problem.names[i]].append(Read(bound, index))
+    return reads
+
+
+# ---- columns of the factor
+
+
+def terminal_factor(problem: LQRProblem) -> OutputCurvature | None:
+    """Q_T where it is the only cost and has a factor."""
+    system = problem.system
+    costs = system.state_costs[-1]
+    if system.curved or len(costs) != 1 or costs[0].component is not None:
+        return None
+    curvature = costs[0].operator
+    if not isinstance(curvature, OutputCurvature) or curvature.rank is None:
+        return None
+    return curvature
+
+
+def required_factor(problem: LQRProblem, what: str) -> OutputCurvature:
+    """`terminal_factor` of a network's problem.
+
+    Args:
+        problem: The problem.
+        what: Who needs it, in the plural, for the message.
+
+    Raises:
+        ValueError: The terminal cost has no factor or is not the only one, or there is no network.
+    """
+    factor = terminal_factor(problem)
+    if factor is None or problem.origin is None:
+        raise ValueError(
+            f"{what} need a network's problem whose only cost is at the output, with a "
+            "known factor: use metric='gauss_newton' or 'fisher' with a built-in loss."
+        )
+    return factor
+
+
+def factor_columns(factor: OutputCurvature, per_pass: int = PASS) -> Iterator[Tensor]:
+    """All columns of every sample's factor, a few at a time: (c, N, D) until r are done."""
+    assert factor.rank is not None
+    for start in range(0, factor.rank, per_pass):
+        yield factor.factor_columns(start, min(start + per_pass, factor.rank))
+
+
+def signed_columns(
+    factor: OutputCurvature, count: int, generator: torch.Generator, per_pass: int = PASS
+) -> Iterator[Tensor]:
+    """L z with `count` draws of random signs z, a few at a time: (c, N, D).
+
+    Every sample has its own signs, so E[(L z)(L z)'] = Q_T.
+    """
+    shape = (factor.rank or 0, factor.samples)
+    for start in range(0, count, per_pass):
+        # One draw after another, so that the numbers do not depend on `per_pass`.
+        bits = [
+            torch.randint(0, 2, shape, generator=generator, device=factor.device)
+            for _ in range(start, min(start + per_pass, count))
+        ]
+        rows = factor.factor((2 * torch.stack(bits) - 1).to(factor.dtype))
+        yield rows.reshape(len(bits), factor.samples, factor.width)
+
+
+# ---- the sweep
+
+
+def pull_back(
+    problem: LQRProblem, cotangents: Tensor
+) -> Iterator[tuple[BoundNode, list[Tensor | None]]]:
+    """Pulls rows of cotangents of the output back through the network, last call first.
+
+    Cotangents of activations are summed where they meet and dropped once they are used. Those of
+    the parameters are left to the caller, who has the call and what arrived at its outputs.
+
+    Args:
+        problem: From a network.
+        cotangents: Of the output, shape (c, *output).
+
+    Yields:
+        A call and the cotangents of its outputs, (c, *shape); None is zero. Calls that nothing
+        arrives at are left out.
+    """
+    assert problem.origin is not None
+    linearization = problem.origin.linearization
+    parameters = len(problem.names)
+    moving = set(range(parameters))
+    for bound in calls(problem):
+        if moving & set(bound.inputs):
+            moving.update(bound.outputs)
+    sums: dict[int, Tensor] = {linearization.output: cotangents}
+    for bound in reversed(list(calls(problem))):
+        arrived = [sums.pop(i, None) for i in bound.outputs]
+        if all(c is None for c in arrived):
+            continue
+        yield bound, arrived
+        needed = [i >= parameters and i in moving for i in bound.inputs]
+        pulled = bound.node.pull_all(arrived, needed, [None] * len(needed))
+        for i, piece in zip(bound.inputs, pulled, strict=True):
+            total = add(sums.get(i), piece)
+            if total is not None:
+                sums[i] = total
+
+
+# ---- samples
+
+
+def mixed_values(problem: LQRProblem) -> set[int]:
+    """Values that reach the output, and not row n of them the output of sample n alone.
+
+    At all others, a cotangent of the output that is zero but for sample n is zero but for row n:
+    one column per sample can be pulled back to them for all samples at once.
+    """
+    assert problem.origin is not None
+    linearization, samples = problem.origin.linearization, len(problem.origin.outputs)
+    batched = {i for i in linearization.inputs if linearization.shapes[i][:1] == (samples,)}
+    for bound in calls(problem):
+        if bound.node.per_sample or batched & set(bound.inputs):
+            rows = [o for o in bound.outputs if linearization.shapes[o][:1] == (samples,)]
+            batched.update(rows)
+    reached = {linearization.output}
+    mixed = reached - batched
+    for bound in reversed(list(calls(problem))):
+        live = [o in reached for o in bound.outputs]
+        if not any(live):
+            continue
+        spoilt = bool(mixed & set(bound.outputs))
+        for index, i in enumerate(bound.inputs):
+            if i < len(problem.names):
+                continue
+            reached.add(i)
+            if spoilt or i not in batched or not _keeps_rows(problem, bound, index, live):
+                mixed.add(i)
+    return mixed
+
+
+def samples_are_apart(problem: LQRProblem) -> bool:
+    """Whether a column can be pulled back to every parameter for all samples at once.
+
+    It can't where a call between a parameter and the output mixes samples, or a parameter is
+    read twice or changed before it meets the batch.
+    """
+    mixed = mixed_values(problem)
+    return all(
+        len(reads) <= 1 and all(mixed.isdisjoint(read.bound.outputs) for read in reads)
+        for reads in parameter_reads(problem).values()
+    )
+
+
+def _keeps_rows(problem: LQRProblem, bound: BoundNode, index: int, live: list[bool]) -> bool:
+    """Whether row n of one input moves row n of the outputs that count, and no other row.
+
+    Rules say so of themselves; any other call is probed: even rows move and odd ones must not.
+    """
+    assert problem.origin is not None
+    shapes, samples = problem.origin.linearization.shapes, len(problem.origin.outputs)
+    outputs = [o for o, counts in zip(bound.outputs, live, strict=True) if counts]
+    if any(shapes[o][:1] != (samples,) for o in outputs):
+        return False
+    # Rules answer for their data, not for a weight that was computed from it.
+    if bound.node.couples_batch is not None and Read(bound, index).role in (None, "x"):
+        return not bound.node.couples_batch
+    shape, proto = shapes[bound.inputs[index]], problem.system.proto
+    moved = torch.arange(1, 1 + math.prod(shape), device=proto.device).to(proto.dtype)
+    moved = (1.5 + moved.sin()).reshape(1, *shape)
+    moved[:, 1::2] = 0
+    tangents: list[Tensor | None] = [None] * len(bound.inputs)
+    tangents[index] = moved
+    with torch.no_grad():
+        results = bound.node.push_all(tangents)
+    return all(
+        y is None or not counts or not bool(y[:, 1::2].any())
+        for y, counts in zip(results, live, strict=True)
+    )
