@@ -100,7 +100,8 @@ class Structure(MatrixFreeOperator):
 
     def join(self, parts: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Rows (k, P) of rows by parameter name."""
-        return torch.cat([parts[name].reshape(len(like), -1) for name in self.layout.names], dim=1)
+        sizes = zip(self.layout.names, self.layout.sizes, strict=True)
+        return torch.cat([parts[name].reshape(len(like), n) for name, n in sizes], dim=1)
 
     def clone(self: S) -> S:
         """An independent copy."""
