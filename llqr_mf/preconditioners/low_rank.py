@@ -122,7 +122,7 @@ class LowRank(Structure):
             raise ValueError("rows hold NaN or infinity: look at the gradients they came from.")
         wide, triangle = torch.linalg.qr(rows.double().mT)
         left, values, _ = torch.linalg.svd(triangle)
-        rounding = 10 * len(rows) * torch.finfo(rows.dtype).eps * values.amax(0, keepdim=True)
+        rounding = 10 * len(rows) * torch.finfo(rows.dtype).eps * values[:1]
         basis = (wide @ left).mT * (values > rounding).unsqueeze(1)
         padded = basis.new_zeros(self.rank, size)
         padded[: len(basis)] = basis
