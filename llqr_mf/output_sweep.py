@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -112,11 +112,47 @@ def signed_columns(
         yield rows.reshape(len(bits), factor.samples, factor.width)
 
 
+def output_columns(
+    problem: LQRProblem,
+    factor: OutputCurvature,
+    samples: int | None,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """Columns whose outer products add up to Q_T, a few at a time: (c, *output).
+
+    Args:
+        problem: From a network.
+        factor: L of its output.
+        samples: None for the columns of L, of every sample; k for k draws L z / sqrt(k) with random
+            signs z, which add up to Q_T in expectation.
+        generator: Of the signs, on the problem's device; None takes one of seed 0.
+
+    Raises:
+        ValueError: `samples` is less than 1.
+    """
+    assert problem.origin is not None
+    shape, per_pass = problem.origin.outputs.shape, problem._columns or PASS
+    if samples is None:
+        columns = factor_columns(factor, per_pass)
+    elif samples < 1:
+        raise ValueError(f"samples is {samples}: give a number of draws, or None for all columns.")
+    else:
+        source = seeded(problem, generator)
+        columns = (c / samples**0.5 for c in signed_columns(factor, samples, source, per_pass))
+    for part in columns:
+        yield part.reshape(len(part), *shape)
+
+
+def seeded(problem: LQRProblem, generator: torch.Generator | None) -> torch.Generator:
+    """The generator given, or one of seed 0 on the problem's device."""
+    return torch.Generator(problem.device).manual_seed(0) if generator is None else generator
+
+
 # ---- the sweep
 
 
 def pull_back(
-    problem: LQRProblem, cotangents: Tensor
+    problem: LQRProblem, cotangents: Tensor, wanted: Collection[int] | None = None
 ) -> Iterator[tuple[BoundNode, list[Tensor | None]]]:
     """Pulls rows of cotangents of the output back through the network, last call first.
 
@@ -126,25 +162,32 @@ def pull_back(
     Args:
         problem: From a network.
         cotangents: Of the output, shape (c, *output).
+        wanted: `id` of the calls that the caller is after, by default all that read a parameter.
+            Nothing is pulled further than to these.
 
     Yields:
-        A call and the cotangents of its outputs, (c, *shape); None is zero. Calls that nothing
-        arrives at are left out.
+        A wanted call and the cotangents of its outputs, (c, *shape); None is zero. Calls that
+        nothing arrives at are left out.
     """
     assert problem.origin is not None
     linearization = problem.origin.linearization
     parameters = len(problem.names)
-    moving = set(range(parameters))
+    if wanted is None:
+        wanted = {id(bound) for bound in calls(problem) if min(bound.inputs) < parameters}
+    leads: set[int] = set()
     for bound in calls(problem):
-        if moving & set(bound.inputs):
-            moving.update(bound.outputs)
+        if id(bound) in wanted or leads & set(bound.inputs):
+            leads.update(bound.outputs)
     sums: dict[int, Tensor] = {linearization.output: cotangents}
     for bound in reversed(list(calls(problem))):
         arrived = [sums.pop(i, None) for i in bound.outputs]
         if all(c is None for c in arrived):
             continue
-        yield bound, arrived
-        needed = [i >= parameters and i in moving for i in bound.inputs]
+        if id(bound) in wanted:
+            yield bound, arrived
+        needed = [i in leads for i in bound.inputs]
+        if not any(needed):
+            continue
         pulled = bound.node.pull_all(arrived, needed, [None] * len(needed))
         for i, piece in zip(bound.inputs, pulled, strict=True):
             total = add(sums.get(i), piece)
@@ -163,11 +206,11 @@ def mixed_values(problem: LQRProblem) -> set[int]:
     """
     assert problem.origin is not None
     linearization, samples = problem.origin.linearization, len(problem.origin.outputs)
-    batched = {i for i in linearization.inputs if linearization.shapes[i][:1] == (samples,)}
+    of_batch = set(linearization.inputs)
     for bound in calls(problem):
-        if bound.node.per_sample or batched & set(bound.inputs):
-            rows = [o for o in bound.outputs if linearization.shapes[o][:1] == (samples,)]
-            batched.update(rows)
+        if bound.node.per_sample or of_batch & set(bound.inputs):
+            of_batch.update(bound.outputs)
+    batched = {i for i in of_batch if linearization.shapes[i][:1] == (samples,)}
     reached = {linearization.output}
     mixed = reached - batched
     for bound in reversed(list(calls(problem))):
@@ -185,14 +228,15 @@ def mixed_values(problem: LQRProblem) -> set[int]:
 
 
 def samples_are_apart(problem: LQRProblem) -> bool:
-    """Whether a column can be pulled back to every parameter for all samples at once.
+    """Whether a column pulled back for all samples at once gives every sample's own gradient.
 
-    It can't where a call between a parameter and the output mixes samples, or a parameter is
-    read twice or changed before it meets the batch.
+    It doesn't where a call between a parameter and the output mixes samples, or a parameter is
+    read twice, by a call of several outputs, or changed before it meets the batch.
     """
     mixed = mixed_values(problem)
     return all(
-        len(reads) <= 1 and all(mixed.isdisjoint(read.bound.outputs) for read in reads)
+        len(reads) <= 1
+        and all(len(r.bound.outputs) == 1 and r.bound.outputs[0] not in mixed for r in reads)
         for reads in parameter_reads(problem).values()
     )
 

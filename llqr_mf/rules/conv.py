@@ -93,19 +93,28 @@ class ConvNode(Node):
         columns = deltas.flatten(3).mT
         if role == "bias":
             return row_gram(columns.sum(2).reshape(r * n, -1))
-        patches = self._patches()
+        patches = self.patches()
         return super().gram(deltas, index) if patches is None else outer_gram(patches, columns)
 
-    def _patches(self) -> Tensor | None:
-        """Inputs of every position, (N, S, in * kernel), for 1-d and 2-d convolutions."""
-        spatial = self.x.ndim - 2
-        if self.geometry["groups"] != 1 or spatial > 2:
+    @property
+    def is_matrix(self) -> bool:
+        """Whether `patches` can be formed: one group, at most two spatial axes."""
+        return bool(self.geometry["groups"] == 1) and self.x.ndim <= 4
+
+    def patches(self, samples: slice = slice(None)) -> Tensor | None:
+        """Inputs of every position, (N, S, in * kernel), if `is_matrix`.
+
+        Args:
+            samples: Of which samples.
+        """
+        if not self.is_matrix:
             return None
+        spatial = self.x.ndim - 2
 
         def pair(value: Sequence[int], filler: int) -> tuple[int, ...]:
             return tuple(value) if spatial == 2 else (filler, *value)
 
-        x = self.x if spatial == 2 else self.x.unsqueeze(2)
+        x = self.x[samples] if spatial == 2 else self.x[samples].unsqueeze(2)
         unfolded = F.unfold(
             x,
             pair(self.weight.shape[2:], 1),

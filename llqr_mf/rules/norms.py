@@ -175,16 +175,20 @@ class NormNode(Node):
 
     def gram(self, deltas: Tensor, index: int) -> Tensor | None:
         """Per-sample sums of c z (or c), which are no larger than the activations."""
-        role = self.roles[index]
-        if role == "x":
+        if self.roles[index] == "x":
             return super().gram(deltas, index)
-        c = deltas * self._z if role == "weight" else deltas
+        rows = self.sample_gradients(deltas, index)
+        return row_gram(rows.reshape(deltas.shape[0] * deltas.shape[1], -1))
+
+    def sample_gradients(self, deltas: Tensor, index: int) -> Tensor:
+        """Gradients of every sample in the weight or bias, (r, N, *out) to (r, N, width)."""
+        c = deltas * self._z if self.roles[index] == "weight" else deltas
         lead = len(self.shape) - len(self.broadcast)
         dims = [
             i + 1 for i in range(1, len(self.shape)) if i < lead or self.broadcast[i - lead] == 1
         ]
         rows = c.sum(dims) if dims else c
-        return row_gram(rows.reshape(deltas.shape[0] * deltas.shape[1], -1))
+        return rows.reshape(*deltas.shape[:2], -1)
 
     def _spread(self, parameter: Tensor) -> Tensor:
         k = len(parameter)
