@@ -163,8 +163,10 @@ class EKronecker(Structure):
         changed: dict[str, list[Tensor | None]] = {}
         for site in self.sites:
             pairs = zip(self.bases(site), other.bases(site), strict=True)
-            new = [None if o is None or torch.equal(m, o) else o for m, o in pairs]  # type: ignore[arg-type]
-            changed[site.name] = new
+            changed[site.name] = [
+                None if mine is None or theirs is None or torch.equal(mine, theirs) else theirs
+                for mine, theirs in pairs
+            ]
         self.set_bases(changed)
         for site in self.sites:
             self.spectrum(site).lerp_(other.spectrum(site), weight)

@@ -156,6 +156,7 @@ def test_set_bases_refuses_before_anything_changes():
     good = [orthogonal(4, 1), orthogonal(4, 2)]  # 3 inputs and the bias
     repeated = good[0].clone()
     repeated[:, 0] = repeated[:, 1]
+    long = M.tensors["0.weight.basis1"] @ repeated.mT  # unit rows in the old basis, not columns
     bad = {
         "no weight": {"head.weight": good},
         "sides": {"0.weight": good[:1]},
@@ -163,7 +164,8 @@ def test_set_bases_refuses_before_anything_changes():
         "there is no '4.weight.basis1'": {"4.weight": [None, orthogonal(5, 2)]},
         "orthogonal": {"0.weight": [good[0], 1.01 * good[1]]},
         "'0.weight.basis0' must be orthogonal": {"0.weight": [repeated, good[1]]},
-        "'0.weight.basis1' must be orthogonal": {"0.weight": [good[0], good[1] * torch.nan]},
+        "'0.weight.basis1' must be orthogonal": {"0.weight": [good[0], long]},
+        "'0.weight.basis1' must be": {"0.weight": [good[0], good[1] * torch.nan]},
     }
     for match, given in bad.items():
         with pytest.raises(ValueError, match=match):
@@ -187,7 +189,13 @@ def test_blend_is_in_the_other_bases():
 @pytest.mark.parametrize("max_state", [1, 2, 3, 5])
 @pytest.mark.parametrize("biases", ["joined", "diagonal"])
 def test_max_state_is_honoured(max_state, biases):
-    layers = [nn.Linear(6, 6), nn.Linear(6, 12), nn.Linear(12, 4), nn.Conv2d(2, 3, 3)]
+    layers = [
+        nn.Linear(6, 6),
+        nn.Linear(6, 8),
+        nn.Linear(8, 12),
+        nn.Linear(12, 4),
+        nn.Conv2d(2, 3, 3),
+    ]
     M = EKronecker(nn.Sequential(*layers, nn.Embedding(7, 5)), biases=biases, max_state=max_state)
     for site in M.sites:
         held = [t.numel() for n, t in M.tensors.items() if n.startswith(f"{site.name}.")]

@@ -183,14 +183,14 @@ def test_a_state_that_does_not_fit_changes_nothing(structure, layout):
 @learned
 def test_clone_and_assign_are_copies(structure, layout):
     M, other = case(structure, layout), case(structure, layout, seed=9)
-    copy, before = M.clone(), M.to_dense()
+    copy, before, target = M.clone(), M.to_dense(), other.to_dense()
     M.assign_(other)
-    assert_close(M.to_dense(), other.to_dense(), rtol=0, atol=0)
-    other.scale_(2.0)
-    assert not torch.equal(M.to_dense(), other.to_dense())
     assert_close(copy.to_dense(), before, rtol=0, atol=0)
-    copy.scale_(2.0)
+    for one in (copy, other):
+        one.scale_(2.0)
+    assert_close(M.to_dense(), target, rtol=0, atol=0)
     assert_close(copy.to_dense(), 2 * before)
+    assert_close(other.to_dense(), 2 * target)
 
 
 @learned
@@ -302,6 +302,20 @@ def test_project_makes_positive_definite_and_keeps_what_is(structure, layout, i)
         assert torch.equal(projected[phi > 1], phi[phi > 1])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("structure", ["scalar", "diagonal", "ekronecker"])
+def test_the_floor_of_an_elementwise_chart_is_relative_to_each_tensor(structure, layout):
+    M = case(structure, layout)
+    positive = {name: t for name, t in M.tensors.items() if ".basis" not in name}
+    for i, tensor in enumerate(positive.values()):
+        tensor.mul_(10.0 ** (i % 5 - 2))
+    least = {name: (0.1 * t.mean()).expand(t.shape) for name, t in positive.items()}
+    (chart,) = M.charts()
+    chart.put(chart.project(-chart.get(), 0.1))
+    for name, tensor in positive.items():
+        assert_close(tensor, least[name])
+
+
 @with_charts
 def test_mass_weighs_the_frobenius_norm(structure, layout, i):
     M = case(structure, layout)
@@ -326,6 +340,25 @@ def test_charts_of_a_sum_hold_its_other_terms():
     before = dense(M.structures[1])
     M.charts()[0].put(2 * M.charts()[0].get())
     assert_close(dense(M.structures[1]), before, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every
+def test_equals_the_cpu_on_a_device(structure, layout):
+    M = case(structure, layout)
+    other = MAKERS[structure](LAYOUTS[layout]().cuda())
+    other.load_state_dict(M.state_dict())
+    v, w = rows(M), rows(M, seed=2)
+    assert_close(other.times_rows(v.cuda()).cpu(), M.times_rows(v))
+    assert_close(other.logdet().cpu(), M.logdet())
+    assert_close(other.diagonal().cpu(), M.diagonal())
+    if structure != "sum":
+        assert_close(other.inverse().times_rows(v.cuda()).cpu(), M.inverse().times_rows(v))
+    for chart, theirs in zip(M.charts(), other.charts(), strict=True):
+        assert_close(theirs.pull(v.cuda(), w.cuda()).cpu(), chart.pull(v, w))
+        phi = coordinates(chart)
+        assert_close(theirs.project(phi.cuda(), 0.1).cpu(), chart.project(phi, 0.1))
 
 
 def test_the_seeds_of_two_cases_differ():
