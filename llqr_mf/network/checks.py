@@ -98,16 +98,20 @@ def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None
                 )
 
 
+class NotFiniteError(ValueError):
+    """The model, its loss or a product is NaN or infinite at these weights."""
+
+
 def check_finite(model: nn.Module, outputs: Tensor) -> None:
     """No NaN, and no infinity but the -inf that masks a class.
 
     Raises:
-        ValueError: With the parameter that causes it, if one does.
+        NotFiniteError: With the parameter that causes it, if one does.
     """
     if bool((outputs.isnan() | outputs.isposinf()).any()):
         bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
         cause = f"parameter '{bad[0]}' is not finite" if bad else "the forward pass overflows"
-        raise ValueError(f"the model's outputs are NaN or infinite: {cause}.")
+        raise NotFiniteError(f"the model's outputs are NaN or infinite: {cause}.")
 
 
 def check_same_function(program: Program, inputs: tuple[Any, ...], outputs: Tensor) -> None:

@@ -1,1 +1,9 @@
 """The LLQR optimizer."""
+
+from .coverage import Coverage, Covered
+from .llqr import LLQR, Counts
+from .refresh import Recipe
+from .schedule import annealed, burn_in
+from .subspace import Subspace
+
+__all__ = ["LLQR", "Counts", "Coverage", "Covered", "Recipe", "Subspace", "annealed", "burn_in"]

@@ -130,7 +130,7 @@ def kfac(
     made = Kronecker(problem, biases=biases, kernels=kernels, max_side=max_side)
     lam = _damping(problem, damping)
     source = seeded(problem, generator)
-    factors = _factors(problem, made, sharing, samples, probes, source)
+    factors = curvature_factors(problem, made, sharing, samples, probes, source)
     vectors = [site for site in made.sites if len(site.sides) == 1]
     bases = {site.name: [None] for site in vectors}
     squares = site_squares(
@@ -214,7 +214,9 @@ def kfac_bases(
         ValueError: The problem has no factor.
     """
     source = seeded(problem, generator)
-    set_eigenbases(structure, _factors(problem, structure, sharing, samples, probes, source))
+    set_eigenbases(
+        structure, curvature_factors(problem, structure, sharing, samples, probes, source)
+    )
 
 
 # ---- from gradients
@@ -300,7 +302,7 @@ def soap(
 # ---- their parts
 
 
-def _factors(
+def curvature_factors(
     problem: LQRProblem,
     structure: Kronecker | EKronecker,
     sharing: Sharing,
@@ -308,7 +310,7 @@ def _factors(
     probes: int,
     generator: torch.Generator,
 ) -> dict[str, Sequence[Tensor]]:
-    """One factor per side for every site that is no vector."""
+    """One factor per side for every site that is no vector; see `kfac` for the arguments."""
     found = layer_factors(problem, structure, sharing=sharing, samples=samples, generator=generator)
     made: dict[str, Sequence[Tensor]] = {name: each.sides for name, each in found.items()}
     left = [site for site in structure.sites if len(site.sides) > 1 and site.name not in made]

@@ -157,6 +157,13 @@ class _SideBySide(Chart):
         return torch.cat([chart.mass() for chart in self.held])
 
 
+def leaves(structure: Structure) -> list[Structure]:
+    """The structures of a direct sum; itself otherwise."""
+    if isinstance(structure, DirectSum):
+        return [leaf for part in structure.structures for leaf in leaves(part)]
+    return [structure]
+
+
 def structure(like: Like, rules: Rules, **options: Any) -> Structure:
     """A structure by name, or by name for each parameter.
 

@@ -1,0 +1,74 @@
+"""Which parameter is preconditioned by what, and which is not and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..preconditioners.base import Structure
+from ..preconditioners.direct_sum import leaves
+from ..preconditioners.identity import Identity
+
+
+@dataclass(frozen=True)
+class Covered:
+    """One parameter.
+
+    Args:
+        name: In the model, or "?" for one that the model does not have.
+        shape: Its shape.
+        structure: The kind of structure, or None where the base optimizer's step stays as it is.
+        reason: Why, for None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    structure: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All parameters of a model and of a base optimizer."""
+
+    parameters: tuple[Covered, ...]
+
+    @property
+    def passed_through(self) -> tuple[Covered, ...]:
+        """Those that the base optimizer trains without a preconditioner."""
+        return tuple(p for p in self.parameters if p.structure is None)
+
+    def __str__(self) -> str:
+        """One line per parameter."""
+        width = max([9, *(len(p.name) for p in self.parameters)])
+        lines = [f"{'parameter':{width}}  {'shape':>18}  structure"]
+        for p in self.parameters:
+            what = p.structure or f"- ({p.reason})"
+            lines.append(f"{p.name:{width}}  {tuple(p.shape)!s:>18}  {what}")
+        return "\n".join(lines)
+
+
+def coverage(model: nn.Module, base: Optimizer, structure: Structure) -> Coverage:
+    """The table of a model, its base optimizer and a structure."""
+    parts = leaves(structure)
+    kinds = {name: part.kind for part in parts for name in part.layout.names}
+    left = {name for part in parts if isinstance(part, Identity) for name in part.layout.names}
+    owned = {id(p) for group in base.param_groups for p in group["params"]}
+    table = []
+    for name, p in model.named_parameters():
+        reason = ""
+        if not p.requires_grad:
+            reason = "frozen"
+        elif id(p) not in owned:
+            reason = "not in the base optimizer"
+        elif name not in kinds or name in left:
+            reason = "identity"
+        table.append(Covered(name, tuple(p.shape), None if reason else kinds[name], reason))
+    known = {id(p) for p in model.parameters()}
+    for group in base.param_groups:
+        for p in group["params"]:
+            if id(p) not in known:
+                table.append(Covered("?", tuple(p.shape), None, "no parameter of the model"))
+    return Coverage(tuple(table))

@@ -1,0 +1,178 @@
+"""A step whose length and momentum minimise the LQR objective on the current batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..levenberg_marquardt import LevenbergMarquardt
+from ..operators.apply import apply_rows
+from ..operators.tangent import to_rows
+from ..preconditioners.base import Structure
+from ..problem import LQRProblem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """Options of `step="subspace"`.
+
+    Args:
+        memory: How many last steps are in the span beside M g. More fit the batch better and the
+            data worse.
+        damping: Added to the model's curvature, in units of the loss; the least that the
+            reduction-ratio rule goes down to.
+        shrink: Added to the curvature relative to it, along every direction of the span. It takes
+            back what the batch's own noise has put into the step.
+        averaging: Share of the past in the running mean of gradients, in [0, 1). Each past gradient
+            is carried to the current weights by the change of the current batch's gradient over the
+            last step, which costs one more gradient (STORM, Cutkosky and Orabona 2019). 0: none.
+        check_every: Steps between two measurements of the reduction ratio, a forward pass each.
+            A step that is found to raise the loss of its own batch is taken back.
+    """
+
+    memory: int = 1
+    damping: float = 1e-2
+    shrink: float = 0.7
+    averaging: float = 0.7
+    check_every: int = 5
+
+    def __post_init__(self) -> None:
+        if self.memory < 0 or self.check_every < 1:
+            raise ValueError("need memory >= 0 and check_every >= 1.")
+        if not (self.damping > 0 and math.isfinite(self.damping) and self.shrink >= 0):
+            raise ValueError("need a finite damping > 0 and shrink >= 0.")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging is {self.averaging}: it is a share, from 0 to below 1.")
+
+
+@dataclass
+class SubspaceState:
+    """What a subspace step remembers.
+
+    Args:
+        rule: Damping and its rule.
+        steps: The last steps, flat (P,), the latest first.
+        mean: The running mean of gradients (P,), or None.
+        count: Steps taken.
+    """
+
+    rule: LevenbergMarquardt
+    steps: list[Tensor] = field(default_factory=list)
+    mean: Tensor | None = None
+    count: int = 0
+
+    def forget(self) -> None:
+        """Drops the last steps and the mean gradient."""
+        self.mean, self.steps = None, []
+
+    @staticmethod
+    def start(options: Subspace) -> SubspaceState:
+        """Before the first step."""
+        rule = LevenbergMarquardt(damping=options.damping, minimum=options.damping)
+        return SubspaceState(rule)
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A step and what the model says of it.
+
+    Args:
+        step: u, flat (P,).
+        decrease: -(g'u + 1/2 u'Hu) with the batch's own gradient, damping left out.
+        coefficients: Of the unit directions -M g and the last steps.
+        mean: The running mean of gradients that the step was made from.
+    """
+
+    step: Tensor
+    decrease: float
+    coefficients: tuple[float, ...]
+    mean: Tensor
+
+
+@torch.no_grad()
+def propose(
+    problem: LQRProblem,
+    structure: Structure,
+    state: SubspaceState,
+    options: Subspace,
+    *,
+    gradient: Tensor,
+    decay: Tensor | None,
+    before: Callable[[], Tensor] | None,
+) -> Proposal:
+    """The minimiser of the damped model over span{M g, last steps}.
+
+    With S the unit directions, c solves (S'HS + damping S'S + shrink diag(S'HS + damping S'S)) c =
+    -S'g: an LQR problem in two or three variables. S'HS takes one rollout of S in one block
+    and no adjoint where the only cost is at the output. (Section 7 of Martens and Grosse 2015 has
+    this without the mean of gradients and with all of the batch's noise.)
+
+    Args:
+        problem: The batch, without damping.
+        structure: M.
+        state: Read, not written.
+        options: See there.
+        gradient: g of the batch, weight decay included, flat.
+        decay: Weight decay, flat: one more diagonal of the curvature. None for none.
+        before: The batch's gradient at the last weights; None at the first step.
+    """
+    mean = gradient
+    if state.mean is not None and before is not None and options.averaging > 0:
+        share = min(options.averaging, 1 - 1 / (state.count + 1))
+        carried = state.mean + (gradient - before())
+        mean = carried.mul_(share).add_(gradient, alpha=1 - share)
+        both = structure._rows(torch.stack([mean, gradient]))
+        # A mean that has grown longer than the gradient it is to smooth has gone astray.
+        kept = (both * torch.stack([mean, gradient])).sum(1, dtype=torch.float64)
+        astray = kept[0] > kept[1]
+        mean = torch.where(astray, gradient, mean)
+        direction = torch.where(astray, both[1], both[0])
+    else:
+        direction = structure._rows(gradient.unsqueeze(0))[0]
+    rows = torch.stack([-direction, *state.steps])
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    curvature = _curvature(problem, rows)
+    if decay is not None:
+        curvature = curvature + ((rows * decay) @ rows.mT).double()
+    slopes = rows @ torch.stack([mean, gradient], dim=1)
+    table = torch.cat([curvature, (rows @ rows.mT).double(), slopes.double()], dim=1).cpu()
+    k = len(rows)
+    H, gram, slope, own = table[:, :k], table[:, k : 2 * k], table[:, 2 * k], table[:, 2 * k + 1]
+    damped = H + state.rule.damping * gram
+    damped = damped + options.shrink * damped.diagonal().diag()
+    c = torch.linalg.lstsq(damped, -slope.unsqueeze(1), driver="gelsd").solution[:, 0]
+    step = c.to(rows) @ rows
+    decrease = -float(own @ c + c @ H @ c / 2)
+    return Proposal(step, decrease, tuple(c.tolist()), mean)
+
+
+def accept(
+    state: SubspaceState, options: Subspace, proposal: Proposal, step: Tensor, actual: float | None
+) -> bool:
+    """Takes the step into the state; with a measured decrease, whether it is to be kept."""
+    if actual is not None:
+        state.rule = state.rule.updated(actual=actual, predicted=proposal.decrease)
+        if not state.rule.accepted:
+            state.forget()
+            return False
+    state.count += 1
+    state.mean = proposal.mean if options.averaging > 0 else None
+    remembered = max(options.memory, 1 if options.averaging > 0 else 0)
+    state.steps = [step, *state.steps][:remembered]
+    return True
+
+
+def _curvature(problem: LQRProblem, rows: Tensor) -> Tensor:
+    """S'HS without damping, float64 (k, k)."""
+    system = problem.system
+    if system.curved or not system.state_costs[-1]:
+        return (rows @ problem.hessian._rows(rows).mT).double()
+    final = system.rollout(rows).final
+    flat = to_rows(final, system.state_shapes(system.horizon), system.proto, len(rows))
+    curved = apply_rows(problem.Q[-1], flat)
+    made = flat @ curved.mT
+    return ((made + made.mT) / 2).double()

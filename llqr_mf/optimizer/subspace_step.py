@@ -1,0 +1,71 @@
+"""A subspace step on a model: the proposal, its taking, and its taking back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..losses import Loss
+from ..preconditioners.base import Structure
+from ..problem import LQRProblem
+from .subspace import Subspace, SubspaceState, accept, propose
+from .weights import GroupTerms, LossAt
+
+
+class SubspaceStep:
+    """Minimises the LQR objective of a batch over a few directions and moves the weights.
+
+    Args:
+        model: Whose weights.
+        base: Names the parameters, their weight decay and the schedule's factor.
+        structure: M.
+        loss: Which loss.
+        options: None for the defaults.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Optimizer,
+        structure: Structure,
+        loss: Loss,
+        options: Subspace | None,
+    ) -> None:
+        self.model, self.base, self.structure, self.loss = model, base, structure, loss
+        self.options = options or Subspace()
+        self.state = SubspaceState.start(self.options)
+
+    @torch.no_grad()
+    def __call__(self, problem: LQRProblem, inputs: Any, targets: Tensor) -> tuple[bool, str]:
+        """One step; whether it was kept, and why it was skipped if it was."""
+        state, options = self.state, self.options
+        at = LossAt(self.model, self.loss, inputs, targets, problem.layout)
+        weights = at.weights()
+        terms = GroupTerms.of(at.named, self.base.param_groups, problem.layout)
+
+        def before() -> Tensor:
+            old = weights - state.steps[0]
+            return terms.gradient(at.gradient(old), old)
+
+        proposal = propose(
+            *(problem, self.structure, state, options),
+            gradient=terms.gradient(problem.gradient, weights),
+            decay=terms.decay,
+            before=before if state.steps else None,
+        )
+        step = terms.scaled(proposal.step)
+        if not bool(step.isfinite().all()):
+            state.forget()
+            return False, "the subspace step is NaN or infinite"
+        before_loss = problem.origin.loss_value  # type: ignore[union-attr]
+        at.write(weights + step)
+        actual = None
+        if state.count % options.check_every == 0:
+            actual = float(before_loss - at.value())
+        kept = accept(state, options, proposal, step, actual)
+        if not kept:
+            at.write(weights)
+        return kept, ""
