@@ -79,7 +79,7 @@ def linearize(
     """
     program = layers[0].program
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
-    with torch.no_grad(), curvature_pass(device):
+    with torch.no_grad(), curvature_pass(device, stateful=program.stateful):
         return _Run(program, second_order).over(layers, inputs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 _BATCH_FLAGS: dict[Any, str] = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
+STATEFUL = {*_BATCH_FLAGS, torch.batch_norm, torch.instance_norm, torch._weight_norm}
+"""Functions that a curvature pass must run in another way."""
+
 _SIGNATURES = {f: inspect.signature(f) for f in _BATCH_FLAGS}
 
 
@@ -45,13 +48,18 @@ def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor
 
 
 @contextmanager
-def curvature_pass(device: torch.device) -> Iterator[None]:
+def curvature_pass(device: torch.device, *, stateful: bool = True) -> Iterator[None]:
     """Attention by the MATH backend, batch statistics fixed, random state put back.
 
     The fused attention kernels have neither a forward-mode derivative nor a second backward; the
     fast path of the Transformer modules zeroes what is padded, which training does not. The
     random state is the caller's at entry, so dropout draws the masks that the model's own next
     forward would draw, and it is the same again at exit.
+
+    Args:
+        device: Whose random state.
+        stateful: Whether the model may call any of `STATEFUL`. Watching for them costs some
+            microseconds a call, which small networks feel.
     """
     devices = [device] if device.type == "cuda" else []
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -60,7 +68,7 @@ def curvature_pass(device: torch.device) -> Iterator[None]:
         with (
             torch.random.fork_rng(devices=devices),
             sdpa_kernel(SDPBackend.MATH),
-            _Differentiable(),
+            _Differentiable() if stateful else nullcontext(),
         ):
             yield
     finally:

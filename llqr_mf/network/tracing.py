@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
+from .modes import STATEFUL
 
 _SHARED_MEMORY = "it overwrites memory that a value read later shares"
 
@@ -56,6 +57,11 @@ class Program:
     def inputs(self) -> int:
         """How many inputs the model was traced with."""
         return sum(node.op == "placeholder" for node in self.graph.nodes)
+
+    @cached_property
+    def stateful(self) -> bool:
+        """Whether a call may be, or hide, one of those that `modes.STATEFUL` names."""
+        return any(map(_may_be_stateful, self.graph.nodes))
 
     def changed_mode(self) -> str | None:
         """The first module whose train or evaluation mode is no longer the traced one."""
@@ -222,6 +228,14 @@ def required_inputs(model: nn.Module) -> int:
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
     ]
     return max(1, len(required))
+
+
+def _may_be_stateful(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op == "call_module"
+    home = getattr(node.target, "__module__", None) or ""
+    known = home.split(".")[0] in ("torch", "_operator", "builtins", "math")
+    return not known or node.target in STATEFUL
 
 
 def is_inert(node: fx.Node) -> bool:

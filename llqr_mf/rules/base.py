@@ -54,8 +54,16 @@ class Call:
     second_order: bool
 
     @cached_property
+    def flat(self) -> bool:
+        """Whether no argument is a container; small networks feel what a pytree costs."""
+        arguments = (*self.args, *self.kwargs.values())
+        return not any(isinstance(value, list | tuple | dict) for value in arguments)
+
+    @cached_property
     def leaves(self) -> list[Any]:
         """All arguments, in order, out of their containers."""
+        if self.flat:
+            return [*self.args, *self.kwargs.values()]
         return tree_flatten((self.args, dict(self.kwargs)))[0]
 
     @property
@@ -69,6 +77,9 @@ class Call:
 
     def evaluate(self) -> Any:
         """The call's value."""
+        if self.flat:
+            kwargs = {name: plain(value) for name, value in self.kwargs.items()}
+            return self.function(*map(plain, self.args), **kwargs)
         args, kwargs = tree_map_only(Slot, lambda s: s.value, (self.args, dict(self.kwargs)))
         return self.function(*args, **kwargs)
 

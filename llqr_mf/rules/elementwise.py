@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,26 @@ from .base import Call, Curvature, Node, Slot, Tangents, register
 _STRAIGHT = {F.hardsigmoid}
 """Piecewise linear functions whose backward torch cannot differentiate."""
 
+_SLOPES: dict[Any, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys((torch.tanh, F.tanh, Tensor.tanh), lambda y: 1 - y * y),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, Tensor.sigmoid), lambda y: y * (1 - y)),
+    **dict.fromkeys((torch.relu, F.relu, Tensor.relu), lambda y: (y > 0).to(y.dtype)),
+}
+"""Slopes that are known from the value, which spares a backward pass."""
+
 
 class ElementwiseNode(Node):
-    """y = phi(x) entry by entry; phi' comes from one backward pass with ones."""
+    """y = phi(x) entry by entry; phi' is known, or comes from one backward pass with ones."""
 
     couples_batch = False
 
     def __init__(self, call: Call) -> None:
         (slot,) = call.slots
+        known = _SLOPES.get(call.function)
+        if known is not None and not call.second_order:
+            super().__init__(call.evaluate(), [slot])
+            self.slope, self._bend = known(self.result), None
+            return
         second_order = call.second_order and call.function not in _STRAIGHT
         with torch.enable_grad():
             x = slot.value.detach().requires_grad_()
