@@ -1,8 +1,9 @@
 """The LLQR optimizer."""
 
+from .bookkeeping import Counts
 from .coverage import Coverage, Covered
-from .llqr import LLQR, Counts
-from .refresh import Recipe
+from .llqr import LLQR
+from .recipe import Recipe
 from .schedule import annealed, burn_in
 from .subspace import Subspace
 

@@ -19,14 +19,16 @@ class Covered:
     Args:
         name: In the model, or "?" for one that the model does not have.
         shape: Its shape.
-        structure: The kind of structure, or None where the base optimizer's step stays as it is.
+        structure: The kind of structure, or None where no preconditioner acts.
         reason: Why, for None.
+        trained: Whether the base optimizer trains it.
     """
 
     name: str
     shape: tuple[int, ...]
     structure: str | None
     reason: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Coverage:
     @property
     def passed_through(self) -> tuple[Covered, ...]:
         """Those that the base optimizer trains without a preconditioner."""
-        return tuple(p for p in self.parameters if p.structure is None)
+        return tuple(p for p in self.parameters if p.trained and p.structure is None)
 
     def __str__(self) -> str:
         """One line per parameter."""
@@ -52,20 +54,25 @@ class Coverage:
 
 def coverage(model: nn.Module, base: Optimizer, structure: Structure) -> Coverage:
     """The table of a model, its base optimizer and a structure."""
-    parts = leaves(structure)
-    kinds = {name: part.kind for part in parts for name in part.layout.names}
-    left = {name for part in parts if isinstance(part, Identity) for name in part.layout.names}
+    kinds = {
+        name: part.kind
+        for part in leaves(structure)
+        if not isinstance(part, Identity)
+        for name in part.layout.names
+    }
     owned = {id(p) for group in base.param_groups for p in group["params"]}
     table = []
     for name, p in model.named_parameters():
+        trained = p.requires_grad and id(p) in owned
         reason = ""
         if not p.requires_grad:
             reason = "frozen"
-        elif id(p) not in owned:
+        elif not trained:
             reason = "not in the base optimizer"
-        elif name not in kinds or name in left:
+        elif name not in kinds:
             reason = "identity"
-        table.append(Covered(name, tuple(p.shape), None if reason else kinds[name], reason))
+        kind = None if reason else kinds[name]
+        table.append(Covered(name, tuple(p.shape), kind, reason, trained))
     known = {id(p) for p in model.parameters()}
     for group in base.param_groups:
         for p in group["params"]:

@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.optim import LBFGS, Optimizer
 
+from ..fitting import FitReport
 from ..losses import get_loss
 from ..metrics import get_metric
-from ..network import split
+from ..network import Layer, split
 from ..network.checks import NotFiniteError
 from ..preconditioners.base import Structure
+from ..preconditioners.blueprint import Blueprint
 from ..preconditioners.direct_sum import Rules
 from ..preconditioners.direct_sum import structure as build_structure
 from ..preconditioners.identity import Identity
 from ..problem import LQRProblem
+from .bookkeeping import Counts, Timings, bytes_of, tensors_in
 from .checkpoint import load, save
 from .coverage import coverage
 from .graft import Graft
-from .refresh import Recipe, Refresher
-from .schedule import RefreshEvery, period_at
+from .recipe import Recipe
+from .refresh import Batch, Refresher
+from .running_mean import RefusedError
+from .schedule import RefreshEvery, Schedule, period_at
 from .subspace import Subspace
 from .subspace_step import SubspaceStep
 from .wrapped import Precondition, WrappedStep
 
-Batch: TypeAlias = tuple[Any, Tensor]
 _DEFAULTS: dict[str, Any] = {"max_state": 3.0, "kernels": "tensor"}
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What has happened so far.
-
-    Args:
-        steps: Calls of `step`, skipped ones included.
-        skipped: Steps not taken, because a loss, gradient or step was NaN or infinite.
-        taken_back: Subspace steps undone because they raised their own batch's loss.
-        refreshes: Refreshes that changed M.
-        refused: Refreshes that did not: something was not finite.
-        kept: Fits that the held-out batch refused; M then is what it was before the fit.
-        reason: Why the last step was skipped or the last refresh refused.
-    """
-
-    steps: int = 0
-    skipped: int = 0
-    taken_back: int = 0
-    refreshes: int = 0
-    refused: int = 0
-    kept: int = 0
-    reason: str = ""
 
 
 class LLQR(Optimizer):
@@ -76,7 +56,9 @@ class LLQR(Optimizer):
     With `step="subspace"` there is no backward pass of one's own: `optimizer.step(x, y)` linearises
     the model on the batch, refreshes M when that is due, and minimises the LQR objective over the
     preconditioned gradient and the last step. The base optimizer then only names the parameters;
-    a scheduler's factor lr / initial_lr multiplies the step, and weight decay enters the model.
+    a scheduler's factor lr / initial_lr multiplies the step, and weight decay enters the model. A
+    model that has running statistics in train mode, or draws random numbers, also runs forward once
+    as it does in training, so that these move as they would.
 
     A step or refresh that meets NaN or infinity changes nothing but `counts`.
 
@@ -96,7 +78,8 @@ class LLQR(Optimizer):
             "none": as it comes.
         kl_limit: For graft="kl".
         precondition: "gradient": M acts on what the base optimizer reads; "update": on what it
-            would add to the weights (its weight decay, taken as decoupled, left out).
+            would add to the weights (its weight decay, taken as decoupled, left out). Should M
+            times that overflow, the weights stay, and the base optimizer remembers its own step.
         step: "base" or "subspace".
         subspace: Options of the latter.
         strict: Whether a trained parameter without a preconditioner is an error.
@@ -133,6 +116,8 @@ class LLQR(Optimizer):
     ) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, LLQR):
             raise ValueError(f"base is a {type(base).__name__}: give a torch optimizer.")
+        if isinstance(base, LBFGS):
+            raise ValueError("base is LBFGS, which runs its closure many times: give another.")
         for name, value, known in (
             ("graft", graft, ("layer", "kl", "none")),
             ("precondition", precondition, ("gradient", "update")),
@@ -145,46 +130,35 @@ class LLQR(Optimizer):
         period_at(refresh_every, 0)
         self.model, self.base = model, base
         self._loss, self._metric = get_loss(loss), get_metric(metric)
-        if isinstance(structure, Structure):
-            if options:
-                raise ValueError(f"{sorted(options)} are options of a structure given by name.")
-            self.structure = structure
-        else:
-            self.structure = _named(model, structure, options)
+        self.structure = _structure(model, structure, options)
         self.coverage = coverage(model, base, self.structure)
         if strict and (left := self.coverage.passed_through):
             raise ValueError(
                 f"strict: '{left[0].name}' has no preconditioner ({left[0].reason}); give it a "
                 "structure, or use strict=False."
             )
-        self._parameters = {
-            name: p for name, p in model.named_parameters() if name in self.structure.layout.names
-        }
-        if self.structure.device != next(iter(self._parameters.values())).device:
-            raise ValueError("the structure is on another device than the model: make it again.")
-        self._plain = isinstance(self.structure, Identity)
-        self._layers = (
-            []
-            if self._plain and step == "base"
-            else split(model, cuts=cuts, example_inputs=example_inputs)
-        )
         self.generator = torch.Generator(device=self.structure.device).manual_seed(seed)
-        self.refresher = Refresher(self.structure, recipe or Recipe(), self.generator)
-        self._refresh_every, self._spread = refresh_every, spread
+        self._plain = isinstance(self.structure, Identity)
+        self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator)
+        self._schedule = Schedule(refresh_every, spread)
         self._mode = step
+        self._cuts, self._example_inputs = cuts, example_inputs
+        self._layers: list[Layer] = []
+        self._checked = False
+        if not self._plain or step == "subspace":
+            self._layers = split(model, cuts=cuts, example_inputs=example_inputs)
+        self.counts = Counts()
+        self.timings = Timings()
+        """Seconds in "apply", "base", "refresh" and "subspace", by the host's clock."""
         self._wrapped = WrappedStep(
-            *(self._parameters, base, self.structure, self._clock),
+            *(dict(model.named_parameters()), base, self.structure, self.timings),
             graft=graft,
             kl_limit=kl_limit,
             precondition=precondition,
         )
         self._subspace = SubspaceStep(model, base, self.structure, self._loss, subspace)
-        self.counts = Counts()
-        self.timings = {"apply": 0.0, "base": 0.0, "refresh": 0.0, "subspace": 0.0}
-        """Seconds spent in each phase (the host's clock: a GPU may lag behind)."""
-        self._next_refresh, self._spread_done = 0, 0
         # What unpickling an Optimizer does: hooks and the profiled step, no groups of its own.
-        self.__setstate__({"defaults": base.defaults})
+        super().__setstate__({"defaults": dict(base.defaults)})
 
     # ---- the base optimizer's, by reference
 
@@ -207,10 +181,16 @@ class LLQR(Optimizer):
 
     @property
     def refresh_due(self) -> bool:
-        """Whether `refresh` should be called before this step; first at step 0."""
-        if self._plain:
-            return False
-        return self._spread_done > 0 or self.counts.steps >= self._next_refresh
+        """Whether `refresh` should be called before this step; first at step 0.
+
+        With step="subspace" the step calls it itself.
+        """
+        return not self._plain and self.counts.steps >= self._schedule.due
+
+    @property
+    def last_fit(self) -> FitReport | None:
+        """What the last fit did, where the recipe has one."""
+        return self._refresher.last_fit
 
     @torch.no_grad()
     def refresh(
@@ -218,81 +198,73 @@ class LLQR(Optimizer):
     ) -> bool:
         """Learns M from the curvature on a batch; weights, gradients and the base do not change.
 
+        With `spread`, this is one of that many turns of a refresh. A fit holds out the last of
+        several batches, or half of one.
+
         Args:
             inputs: One batch, samples first; a tuple for several inputs.
             targets: Its targets.
-            batches: Instead: several micro-batches (inputs, targets), one in memory at a time,
-                which count alike. (Then `inputs` is None.)
+            batches: Instead: several micro-batches (inputs, targets), which count alike. One is
+                in memory at a time, all of them where the recipe has a fit. (Then `inputs` is
+                None.)
 
         Returns:
             Whether M changed; `counts.reason` says why not.
+
+        Raises:
+            ValueError: Something about the batch or the model is wrong; nothing has changed.
         """
-        given = [(inputs, targets)] if batches is None else list(batches)
-        if not given or any(y is None for _, y in given):
-            raise ValueError("give inputs and targets, or batches=[(inputs, targets), ...].")
-        if self._plain:
-            return False
-        damping = self.refresher.recipe.damping
-        with self._clock("refresh"):
-            problems = (self._problem(x, y, damping) for x, y in given)
-            return self._learn_from(problems, batches=None if batches is None else len(given))
+        if batches is None and targets is not None:
+            batches = [(inputs, targets)]
+        elif not batches or inputs is not None or targets is not None:
+            raise ValueError("give inputs and targets, or None and batches=[(x, y), ...].")
+        return not self._plain and self._learn(batches)
 
-    def _learn_from(self, problems: Iterable[LQRProblem], batches: int | None = None) -> bool:
-        """One turn of a refresh, or all of it where the number of batches is given."""
-        turns = self._spread if batches is None else batches
-        shares = self.refresher.shares(turns)[0 if batches else self._spread_done :]
-        made = self._learn(problems, shares)
-        self._spread_done += 1
-        if batches is not None or self._spread_done >= self._spread:
-            self._spread_done = 0
-            self.refresher.count += 1
-            period = period_at(self._refresh_every, self._next_refresh)
-            self._next_refresh = max(self._next_refresh, self.counts.steps - 1) + period
-        return made
-
-    def _learn(self, problems: Iterable[LQRProblem], shares: Sequence[float]) -> bool:
-        """M from problems; what it was, bit for bit, where anything is not finite."""
-        old, factors = self.structure.clone(), dict(self.refresher.factors)
-        reason = ""
-        try:
-            held: list[LQRProblem] = []
-            for problem, share in zip(problems, shares, strict=False):
-                self.refresher.update(problem, share)
-                held = [*held, problem] if self.refresher.recipe.learn != "closed_form" else []
-            report = self.refresher.fit(held)
-            if report is not None and not report.accepted:
-                self.counts = replace(self.counts, kept=self.counts.kept + 1, reason=report.reason)
-            if not all(bool(t.isfinite().all()) for t in self.structure.tensors.values()):
-                reason = "the refresh: the curvature is NaN or infinite"
-        except NotFiniteError as error:
-            reason = f"the refresh: {error}"
-        except torch.linalg.LinAlgError as error:
-            reason = f"the refresh: {error}"
-        except BaseException:
-            self.structure.assign_(old)
-            self.refresher.factors = factors
-            raise
-        if reason:
-            self.structure.assign_(old)
-            self.refresher.factors = factors
-            self.counts = replace(self.counts, refused=self.counts.refused + 1, reason=reason)
-            return False
-        self.counts = replace(self.counts, refreshes=self.counts.refreshes + 1)
+    def _learn(self, batches: Sequence[Batch], ready: LQRProblem | None = None) -> bool:
+        """One turn of a refresh; M is what it was, bit for bit, where anything is not finite."""
+        recipe, step = self._refresher.recipe, self.counts.steps
+        with self.timings.of("refresh"):
+            try:
+                report = self._refresher.learn(
+                    batches,
+                    lambda x, y: self._problem(x, y, recipe.damping),
+                    self._schedule.share(recipe.ema),
+                    ready,
+                )
+            except (NotFiniteError, RefusedError, LinAlgError) as error:
+                self._schedule.retry(step)
+                self._count(refused=1, reason=f"the refresh: {error}")
+                return False
+        self._schedule.advance(step)
+        self._count(refreshes=1)
+        if report is not None and not report.accepted:
+            self._count(kept=1, reason=f"the fit: {report.reason}")
         return True
 
     def _problem(self, inputs: Any, targets: Any, damping: float) -> LQRProblem:
-        return LQRProblem.from_network(
-            self._layers,
-            *(inputs, targets),
-            loss=self._loss,
-            metric=self._metric,
-            damping=damping,
-            check=self.counts.refreshes == 0,
-        )
+        """The problem of a batch, in the parameters' precision."""
+        if self._layers[0].program.changed_mode() is not None:
+            self._layers = split(self.model, cuts=self._cuts, example_inputs=self._example_inputs)
+            self._checked = False
+        with torch.autocast(self.structure.device.type, enabled=False):
+            problem = LQRProblem.from_network(
+                *(self._layers, inputs, targets),
+                loss=self._loss,
+                metric=self._metric,
+                damping=damping,
+                check=not self._checked,
+            )
+        if problem.layout != self.structure.layout or problem.device != self.structure.device:
+            raise ValueError(
+                "the model's trainable parameters or their device changed since the optimizer was "
+                "made: make it again."
+            )
+        self._checked = True
+        return problem
 
     # ---- stepping
 
-    def step(self, closure: Any = None, targets: Tensor | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None, targets: Tensor | None = None) -> Any:
         """One step.
 
         Args:
@@ -300,7 +272,12 @@ class LLQR(Optimizer):
             targets: With step="subspace" only: the targets.
 
         Returns:
-            The closure's loss if there is one; with step="subspace" the loss before the step.
+            The closure's loss if there is one; with step="subspace" the loss before the step, or
+            None where the model overflows.
+
+        Raises:
+            ValueError: The arguments are not those of this kind of step, or something about the
+                batch is wrong; nothing has changed.
         """
         if self._mode == "subspace":
             if closure is None or targets is None:
@@ -314,39 +291,35 @@ class LLQR(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.counts = replace(self.counts, steps=self.counts.steps + 1)
-        if self._plain:
-            with self._clock("base"):
-                self.base.step()
-        elif loss is not None and not bool(torch.as_tensor(loss).isfinite().all()):
-            self._skip("the loss is NaN or infinite")
+        if loss is not None and not bool(torch.as_tensor(loss).isfinite().all()):
+            reason = "the loss is NaN or infinite"
         else:
             reason = self._wrapped()
-            if reason:
-                self._skip(reason)
+        self._count(steps=1, skipped=int(bool(reason)), reason=reason)
         return loss
 
+    @torch.no_grad()
     def _subspace_step(self, inputs: Any, targets: Tensor) -> Tensor | None:
-        self.counts = replace(self.counts, steps=self.counts.steps + 1)
+        loss, reason, taken = None, "", False
         try:
-            with self._clock("subspace"):
+            with self.timings.of("subspace"):
                 problem = self._problem(inputs, targets, 0.0)
         except NotFiniteError as error:
-            self._skip(str(error))
-            return None
-        loss = problem.origin.loss_value.clone()  # type: ignore[union-attr]
-        if not bool(loss.isfinite()):
-            self._skip("the loss is NaN or infinite")
-            return loss
-        if self._next_refresh < self.counts.steps or self._spread_done > 0:
-            with self._clock("refresh"):
-                self._learn_from([problem.with_damping(self.refresher.recipe.damping)])
-        with self._clock("subspace"):
-            taken, reason = self._subspace(problem, inputs, targets)
-        if reason:
-            self._skip(reason)
-        elif not taken:
-            self.counts = replace(self.counts, taken_back=self.counts.taken_back + 1)
+            reason = str(error)
+        else:
+            assert problem.origin is not None
+            loss = problem.origin.loss_value.clone()
+            if not bool(loss.isfinite()):
+                reason = "the loss is NaN or infinite"
+        if not reason:
+            if self.refresh_due:
+                damping = self._refresher.recipe.damping
+                self._learn([(inputs, targets)], ready=problem.with_damping(damping))
+            autocast = torch.autocast(self.structure.device.type, enabled=False)
+            with self.timings.of("subspace"), autocast:
+                taken, reason = self._subspace(problem, inputs, targets)
+        back = not reason and not taken
+        self._count(steps=1, skipped=int(bool(reason)), taken_back=int(back), reason=reason)
         return loss
 
     # ---- bookkeeping
@@ -354,13 +327,11 @@ class LLQR(Optimizer):
     def memory_usage(self) -> dict[str, int]:
         """Bytes held between steps: M, what refreshes and subspace steps remember, the base."""
         held = self._subspace.state
-        kept = [*held.steps, *([] if held.mean is None else [held.mean])]
-        base = [t for state in self.base.state.values() for t in _tensors(state)]
         return {
             "preconditioner": self.structure.memory_bytes,
-            "factors": _bytes(self.refresher.factors.values()),
-            "subspace": _bytes(kept),
-            "base": _bytes(base),
+            "factors": bytes_of(self._refresher.mean.factors.values()),
+            "subspace": bytes_of(tensors_in([held.steps, held.mean])),
+            "base": bytes_of(tensors_in(list(self.base.state.values()))),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,45 +342,47 @@ class LLQR(Optimizer):
         """Restores `state_dict`, bit for bit; statistics keep float32 under bfloat16 weights.
 
         Raises:
-            ValueError: It is of other parameters, another structure or another base optimizer.
+            ValueError: It is of other parameters, another structure or another base optimizer;
+                nothing has been changed then.
         """
         if "llqr" not in state_dict:
             raise ValueError("this is no state of an LLQR optimizer: load it into its `base`.")
         base = {key: value for key, value in state_dict.items() if key != "llqr"}
         load(self, state_dict["llqr"], base)
 
+    def __getstate__(self) -> NoReturn:
+        """Refused: a copy would act on another model's parameters, or on this one's twice.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "an LLQR optimizer cannot be copied or pickled: it belongs to its model. Make another "
+            "for the copied model and load this one's state_dict()."
+        )
+
     def __repr__(self) -> str:
         """M and the base optimizer."""
         return f"LLQR(\nstructure: {self.structure.kind}, step: {self._mode}\n{self.base!r}\n)"
 
-    def _skip(self, reason: str) -> None:
-        self.counts = replace(self.counts, skipped=self.counts.skipped + 1, reason=reason)
-
-    @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[phase] += time.perf_counter() - start
+    def _count(self, reason: str = "", **added: int) -> None:
+        """Adds to `counts`."""
+        sums = {name: getattr(self.counts, name) + n for name, n in added.items()}
+        self.counts = replace(self.counts, reason=reason or self.counts.reason, **sums)
 
 
-def _named(model: nn.Module, rules: Rules, options: Mapping[str, Any]) -> Structure:
-    """By name or rules; E-Kronecker within three times the weights unless told otherwise."""
-    names = {rules} if isinstance(rules, str) else {name for _, name in rules}
-    defaults = _DEFAULTS if names & {"ekron", "ekronecker"} else {}
-    return build_structure(model, rules, **{**defaults, **options})
-
-
-def _tensors(held: Any) -> list[Tensor]:
-    if isinstance(held, Tensor):
-        return [held]
-    if isinstance(held, Mapping):
-        return [t for value in held.values() for t in _tensors(value)]
-    if isinstance(held, list | tuple):
-        return [t for value in held for t in _tensors(value)]
-    return []
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _structure(model: nn.Module, given: Rules | Structure, options: Mapping[str, Any]) -> Structure:
+    """M for a model; by name, E-Kronecker holds three times the weights unless told otherwise."""
+    if not isinstance(given, Structure):
+        names = {given} if isinstance(given, str) else {name for _, name in given}
+        defaults = _DEFAULTS if names & {"ekron", "ekronecker"} else {}
+        return build_structure(model, given, **{**defaults, **options})
+    if options:
+        raise ValueError(f"{sorted(options)} are options of a structure given by name.")
+    wanted = Blueprint.of(model)
+    if given.layout != wanted.layout or given.device != wanted.proto.device:
+        raise ValueError(
+            "the structure was made for other parameters than the model's trainable ones, or on "
+            "another device: make it with lq.EKronecker(model) or the like."
+        )
+    return given

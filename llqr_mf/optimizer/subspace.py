@@ -14,6 +14,7 @@ from ..operators.apply import apply_rows
 from ..operators.tangent import to_rows
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
+from .weights import GroupTerms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +102,10 @@ def propose(
     options: Subspace,
     *,
     gradient: Tensor,
-    decay: Tensor | None,
-    before: Callable[[], Tensor] | None,
-) -> Proposal:
-    """The minimiser of the damped model over span{M g, last steps}.
+    terms: GroupTerms,
+    before: Callable[[], Tensor],
+) -> Proposal | None:
+    """The minimiser of the damped model over span{M g, last steps}; None where it is not finite.
 
     With S the unit directions, c solves (S'HS + damping S'S + shrink diag(S'HS + damping S'S)) c =
     -S'g: an LQR problem in two or three variables. S'HS takes one rollout of S in one block
@@ -117,62 +118,107 @@ def propose(
         state: Read, not written.
         options: See there.
         gradient: g of the batch, weight decay included, flat.
-        decay: Weight decay, flat: one more diagonal of the curvature. None for none.
-        before: The batch's gradient at the last weights; None at the first step.
+        terms: Which weights move, and the weight decay: one more diagonal of the curvature.
+        before: The batch's gradient at the last weights, weight decay included.
     """
-    mean = gradient
-    if state.mean is not None and before is not None and options.averaging > 0:
-        share = min(options.averaging, 1 - 1 / (state.count + 1))
-        carried = state.mean + (gradient - before())
-        mean = carried.mul_(share).add_(gradient, alpha=1 - share)
-        both = structure._rows(torch.stack([mean, gradient]))
-        # A mean that has grown longer than the gradient it is to smooth has gone astray.
-        kept = (both * torch.stack([mean, gradient])).sum(1, dtype=torch.float64)
-        astray = kept[0] > kept[1]
-        mean = torch.where(astray, gradient, mean)
-        direction = torch.where(astray, both[1], both[0])
-    else:
-        direction = structure._rows(gradient.unsqueeze(0))[0]
-    rows = torch.stack([-direction, *state.steps])
+    mean, direction = _direction(structure, state, options, gradient, before)
+    rows = torch.stack([-terms.masked(direction), *state.steps[: options.memory]])
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-    curvature = _curvature(problem, rows)
-    if decay is not None:
-        curvature = curvature + ((rows * decay) @ rows.mT).double()
+    curvature = _curvature(problem, rows, terms)
     slopes = rows @ torch.stack([mean, gradient], dim=1)
     table = torch.cat([curvature, (rows @ rows.mT).double(), slopes.double()], dim=1).cpu()
+    if not bool(table.isfinite().all()):
+        return None
     k = len(rows)
     H, gram, slope, own = table[:, :k], table[:, k : 2 * k], table[:, 2 * k], table[:, 2 * k + 1]
     damped = H + state.rule.damping * gram
-    damped = damped + options.shrink * damped.diagonal().diag()
-    c = torch.linalg.lstsq(damped, -slope.unsqueeze(1), driver="gelsd").solution[:, 0]
+    damped = damped + options.shrink * damped.diagonal().abs().diag()
+    c = _minimiser(damped, slope, torch.finfo(rows.dtype).eps)
     step = c.to(rows) @ rows
     decrease = -float(own @ c + c @ H @ c / 2)
     return Proposal(step, decrease, tuple(c.tolist()), mean)
 
 
+def _direction(
+    structure: Structure,
+    state: SubspaceState,
+    options: Subspace,
+    gradient: Tensor,
+    before: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The running mean of gradients, this batch's included, and M times it."""
+    if state.mean is None or options.averaging == 0:
+        return gradient, structure._rows(gradient.unsqueeze(0))[0]
+    share = min(options.averaging, 1 - 1 / (state.count + 1))
+    carried = state.mean + (gradient - before())
+    mean = carried.mul_(share).add_(gradient, alpha=1 - share)
+    both = structure._rows(torch.stack([mean, gradient]))
+    # A mean that has grown longer than the gradient it is to smooth has gone astray.
+    kept = (both * torch.stack([mean, gradient])).sum(1, dtype=torch.float64)
+    astray = kept[0] > kept[1]
+    return torch.where(astray, gradient, mean), torch.where(astray, both[1], both[0])
+
+
+def _minimiser(damped: Tensor, slope: Tensor, eps: float) -> Tensor:
+    """The c of damped c = -slope; with |damped| for damped where that is indefinite.
+
+    The model then has no minimum, and the step goes down along negative curvature as far as
+    positive curvature of that size would let it (Dauphin et al. 2014).
+    """
+    values, vectors = torch.linalg.eigh((damped + damped.mT) / 2)
+    sizes = values.abs()
+    if bool(values.min() < -10 * len(values) * eps * sizes.max()):
+        sizes = sizes.clamp(min=eps * float(sizes.max()))
+        return -vectors @ ((vectors.mT @ slope) / sizes)
+    return torch.linalg.lstsq(damped, -slope.unsqueeze(1), driver="gelsd").solution[:, 0]
+
+
 def accept(
-    state: SubspaceState, options: Subspace, proposal: Proposal, step: Tensor, actual: float | None
+    state: SubspaceState,
+    options: Subspace,
+    step: Tensor,
+    mean: Tensor,
+    measured: tuple[float, float] | None,
 ) -> bool:
-    """Takes the step into the state; with a measured decrease, whether it is to be kept."""
-    if actual is not None:
-        state.rule = state.rule.updated(actual=actual, predicted=proposal.decrease)
+    """Takes a step into the state; whether it is to be kept.
+
+    Args:
+        state: Written.
+        options: See there.
+        step: What was added to the weights.
+        mean: The running mean of gradients that it was made from.
+        measured: The actual and the predicted decrease, if they were measured.
+    """
+    if measured is not None:
+        state.rule = state.rule.updated(actual=measured[0], predicted=measured[1])
         if not state.rule.accepted:
             state.forget()
             return False
     state.count += 1
-    state.mean = proposal.mean if options.averaging > 0 else None
+    state.mean = mean if options.averaging > 0 else None
     remembered = max(options.memory, 1 if options.averaging > 0 else 0)
     state.steps = [step, *state.steps][:remembered]
     return True
 
 
-def _curvature(problem: LQRProblem, rows: Tensor) -> Tensor:
-    """S'HS without damping, float64 (k, k)."""
+def predicted_decrease(
+    problem: LQRProblem, step: Tensor, gradient: Tensor, terms: GroupTerms
+) -> float:
+    """-(g'u + 1/2 u'Hu) of a step u that is not the proposal's."""
+    rows = step.unsqueeze(0)
+    slope = (gradient * step).sum(dtype=torch.float64)
+    return -float(slope + _curvature(problem, rows, terms)[0, 0] / 2)
+
+
+def _curvature(problem: LQRProblem, rows: Tensor, terms: GroupTerms) -> Tensor:
+    """S'HS with weight decay and without damping, float64 (k, k)."""
     system = problem.system
-    if system.curved or not system.state_costs[-1]:
-        return (rows @ problem.hessian._rows(rows).mT).double()
-    final = system.rollout(rows).final
-    flat = to_rows(final, system.state_shapes(system.horizon), system.proto, len(rows))
-    curved = apply_rows(problem.Q[-1], flat)
-    made = flat @ curved.mT
-    return ((made + made.mT) / 2).double()
+    if system.curved or not system.state_costs[-1] or any(system.state_costs[:-1]):
+        made = rows @ problem.hessian._rows(rows).mT
+    else:
+        final = system.rollout(rows).final
+        flat = to_rows(final, system.state_shapes(system.horizon), system.proto, len(rows))
+        made = flat @ apply_rows(problem.Q[-1], flat).mT
+    decay = terms.curvature(rows)
+    symmetric = ((made + made.mT) / 2).double()
+    return symmetric if decay is None else symmetric + decay

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from ..losses import Loss
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
-from .subspace import Subspace, SubspaceState, accept, propose
+from .own_pass import OwnPass
+from .subspace import Subspace, SubspaceState, accept, predicted_decrease, propose
 from .weights import GroupTerms, LossAt
 
 
@@ -37,6 +38,7 @@ class SubspaceStep:
         self.model, self.base, self.structure, self.loss = model, base, structure, loss
         self.options = options or Subspace()
         self.state = SubspaceState.start(self.options)
+        self._own_pass = OwnPass(model)
 
     @torch.no_grad()
     def __call__(self, problem: LQRProblem, inputs: Any, targets: Tensor) -> tuple[bool, str]:
@@ -45,6 +47,7 @@ class SubspaceStep:
         at = LossAt(self.model, self.loss, inputs, targets, problem.layout)
         weights = at.weights()
         terms = GroupTerms.of(at.named, self.base.param_groups, problem.layout)
+        gradient = terms.gradient(problem.gradient, weights)
 
         def before() -> Tensor:
             old = weights - state.steps[0]
@@ -52,20 +55,25 @@ class SubspaceStep:
 
         proposal = propose(
             *(problem, self.structure, state, options),
-            gradient=terms.gradient(problem.gradient, weights),
-            decay=terms.decay,
-            before=before if state.steps else None,
+            gradient=gradient,
+            terms=terms,
+            before=before,
         )
-        step = terms.scaled(proposal.step)
-        if not bool(step.isfinite().all()):
+        if proposal is None or not bool((step := terms.scaled(proposal.step)).isfinite().all()):
             state.forget()
             return False, "the subspace step is NaN or infinite"
-        before_loss = problem.origin.loss_value  # type: ignore[union-attr]
-        at.write(weights + step)
-        actual = None
+        measured = None
         if state.count % options.check_every == 0:
-            actual = float(before_loss - at.value())
-        kept = accept(state, options, proposal, step, actual)
+            predicted = proposal.decrease
+            if terms.factor is not None:
+                predicted = predicted_decrease(problem, step, gradient, terms)
+            at.write(weights + step)
+            fall = float(problem.origin.loss_value) - at.value()  # type: ignore[union-attr]
+            measured = fall - terms.penalty_change(weights, step), predicted
+        else:
+            at.write(weights + step)
+        kept = accept(state, options, step, proposal.mean, measured)
         if not kept:
             at.write(weights)
+        self._own_pass(at.parts(weights), at.inputs)
         return kept, ""

@@ -39,8 +39,12 @@ class LossAt:
 
     def write(self, flat: Tensor) -> None:
         """Puts flat weights into the model."""
-        for p, part in zip(self.held, flat.split(self.layout.sizes), strict=True):
-            p.copy_(part.reshape(p.shape))
+        for p, part in zip(self.held, self.parts(flat).values(), strict=True):
+            p.copy_(part)
+
+    def parts(self, flat: Tensor) -> dict[str, Tensor]:
+        """Flat weights by name (views)."""
+        return self.layout.unflatten(flat)
 
     def value(self) -> float:
         """The loss at the present weights."""
@@ -48,20 +52,14 @@ class LossAt:
 
     def gradient(self, flat: Tensor) -> Tensor:
         """The gradient at other weights, flat."""
-        leaves = [
-            part.reshape(shape).requires_grad_()
-            for part, shape in zip(
-                flat.detach().split(self.layout.sizes), self.layout.shapes, strict=True
-            )
-        ]
+        leaves = {name: part.requires_grad_() for name, part in self.parts(flat.detach()).items()}
         with torch.enable_grad():
-            value = self._run(dict(zip(self.layout.names, leaves, strict=True)))
-            parts = torch.autograd.grad(value, leaves, materialize_grads=True)
+            value = self._run(leaves)
+            parts = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _run(self, replaced: Mapping[str, Tensor]) -> Tensor:
-        state = {**dict(self.model.named_buffers()), **replaced}
-        state = {n: t.clone() if n not in replaced else t for n, t in state.items()}
+        state = {**{n: b.clone() for n, b in self.model.named_buffers()}, **replaced}
         device = self.held[0].device
         with curvature_pass(device):
             outputs = torch.func.functional_call(self.model, state, self.inputs)
@@ -72,9 +70,11 @@ class LossAt:
 class GroupTerms:
     """What an optimizer's groups ask of a flat step; None where that changes nothing.
 
+    A term is a vector (P,), or a scalar where all weights have the same.
+
     Args:
         trained: 1 where the optimizer trains a weight, else 0.
-        decay: Weight decay.
+        decay: Weight decay, zero where nothing is trained: the penalty 1/2 sum decay w^2.
         factor: lr / initial_lr, what a scheduler has made of the learning rate.
     """
 
@@ -88,32 +88,44 @@ class GroupTerms:
     ) -> GroupTerms:
         """Those of an optimizer's groups now."""
         places = {id(p): group for group in groups for p in group["params"]}
-        found = [places.get(id(parameters[name])) for name in layout.names]
+        found = [places.get(id(parameters[name]), {}) for name in layout.names]
         proto = parameters[layout.names[0]].detach()
 
         def flat(values: list[float], neutral: float) -> Tensor | None:
-            if all(value == neutral for value in values):
+            if set(values) == {neutral}:
                 return None
-            sizes = torch.tensor(layout.sizes, device=proto.device)
-            return torch.repeat_interleave(torch.tensor(values).to(proto), sizes)
+            made = torch.tensor(values, dtype=torch.float64).to(proto)
+            if len(set(values)) == 1:
+                return made[0]
+            return torch.repeat_interleave(made, torch.tensor(layout.sizes, device=proto.device))
 
         return GroupTerms(
-            flat([0.0 if group is None else 1.0 for group in found], 1.0),
-            flat([float((group or {}).get("weight_decay", 0.0)) for group in found], 0.0),
-            flat([_factor(group or {}) for group in found], 1.0),
+            flat([1.0 if group else 0.0 for group in found], 1.0),
+            flat([float(group.get("weight_decay", 0.0)) for group in found], 0.0),
+            flat([_factor(group) for group in found], 1.0),
         )
 
     def gradient(self, gradient: Tensor, weights: Tensor) -> Tensor:
         """The gradient with weight decay, zero where nothing is trained."""
-        if self.trained is not None:
-            gradient = gradient * self.trained
-        return gradient if self.decay is None else gradient + self.decay * weights
+        return self.masked(gradient if self.decay is None else gradient + self.decay * weights)
+
+    def masked(self, flat: Tensor) -> Tensor:
+        """Flat vectors (P,), zero where nothing is trained."""
+        return flat if self.trained is None else flat * self.trained
 
     def scaled(self, step: Tensor) -> Tensor:
-        """The step times the schedule's factor, zero where nothing is trained."""
-        if self.trained is not None:
-            step = step * self.trained
+        """The step times the schedule's factor."""
         return step if self.factor is None else step * self.factor
+
+    def curvature(self, rows: Tensor) -> Tensor | None:
+        """S' diag(decay) S of rows (k, P), float64 (k, k)."""
+        return None if self.decay is None else ((rows * self.decay) @ rows.mT).double()
+
+    def penalty_change(self, weights: Tensor, step: Tensor) -> float:
+        """What a step adds to the penalty."""
+        if self.decay is None:
+            return 0.0
+        return float((self.decay * step * (weights + step / 2)).sum(dtype=torch.float64))
 
 
 def _factor(group: Mapping[str, Any]) -> float:
