@@ -223,7 +223,7 @@ class LLQR(Optimizer):
     def _learn(self, batches: Sequence[Batch], ready: LQRProblem | None = None) -> bool:
         """One turn of a refresh; M is what it was, bit for bit, where anything is not finite."""
         recipe, step = self._refresher.recipe, self.counts.steps
-        with self.timings.of("refresh"):
+        with self.timings.of("refresh"), self._full_precision():
             try:
                 report = self._refresher.learn(
                     batches,
@@ -242,18 +242,17 @@ class LLQR(Optimizer):
         return True
 
     def _problem(self, inputs: Any, targets: Any, damping: float) -> LQRProblem:
-        """The problem of a batch, in the parameters' precision."""
+        """The problem of a batch."""
         if self._layers[0].program.changed_mode() is not None:
             self._layers = split(self.model, cuts=self._cuts, example_inputs=self._example_inputs)
             self._checked = False
-        with torch.autocast(self.structure.device.type, enabled=False):
-            problem = LQRProblem.from_network(
-                *(self._layers, inputs, targets),
-                loss=self._loss,
-                metric=self._metric,
-                damping=damping,
-                check=not self._checked,
-            )
+        problem = LQRProblem.from_network(
+            *(self._layers, inputs, targets),
+            loss=self._loss,
+            metric=self._metric,
+            damping=damping,
+            check=not self._checked,
+        )
         if problem.layout != self.structure.layout or problem.device != self.structure.device:
             raise ValueError(
                 "the model's trainable parameters or their device changed since the optimizer was "
@@ -294,7 +293,8 @@ class LLQR(Optimizer):
         if loss is not None and not bool(torch.as_tensor(loss).isfinite().all()):
             reason = "the loss is NaN or infinite"
         else:
-            reason = self._wrapped()
+            with self._full_precision():
+                reason = self._wrapped()
         self._count(steps=1, skipped=int(bool(reason)), reason=reason)
         return loss
 
@@ -302,7 +302,7 @@ class LLQR(Optimizer):
     def _subspace_step(self, inputs: Any, targets: Tensor) -> Tensor | None:
         loss, reason, taken = None, "", False
         try:
-            with self.timings.of("subspace"):
+            with self.timings.of("subspace"), self._full_precision():
                 problem = self._problem(inputs, targets, 0.0)
         except NotFiniteError as error:
             reason = str(error)
@@ -315,8 +315,7 @@ class LLQR(Optimizer):
             if self.refresh_due:
                 damping = self._refresher.recipe.damping
                 self._learn([(inputs, targets)], ready=problem.with_damping(damping))
-            autocast = torch.autocast(self.structure.device.type, enabled=False)
-            with self.timings.of("subspace"), autocast:
+            with self.timings.of("subspace"), self._full_precision():
                 taken, reason = self._subspace(problem, inputs, targets)
         back = not reason and not taken
         self._count(steps=1, skipped=int(bool(reason)), taken_back=int(back), reason=reason)
@@ -364,6 +363,10 @@ class LLQR(Optimizer):
     def __repr__(self) -> str:
         """M and the base optimizer."""
         return f"LLQR(\nstructure: {self.structure.kind}, step: {self._mode}\n{self.base!r}\n)"
+
+    def _full_precision(self) -> torch.autocast:
+        """The parameters' precision, in whatever autocast the caller is."""
+        return torch.autocast(self.structure.device.type, enabled=False)
 
     def _count(self, reason: str = "", **added: int) -> None:
         """Adds to `counts`."""

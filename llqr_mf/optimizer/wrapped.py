@@ -132,7 +132,8 @@ class WrappedStep:
                 for name, p in ((n, self.parameters[n]) for n in part.layout.names)
             }
             product = part.precondition(rows)
-            made.update({name: product[name].squeeze(0) for name in names})
+            # Contiguous, as torch's fused loops over parameters need them.
+            made.update({name: product[name].squeeze(0).contiguous() for name in names})
         return made
 
     def _scale(
