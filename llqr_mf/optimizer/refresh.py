@@ -80,9 +80,8 @@ class Refresher:
                     self.mean.add(ready or make(inputs, targets), weight)
                 return None
             problems = [make(*batch) for batch in at_least_two(batches)]
-            if self.recipe.learn == "cg":
-                for problem, weight in self._weighted(problems, share):
-                    self.mean.add(problem, weight)
+            for problem, weight in self._weighted(problems, share):
+                self.mean.add(problem, weight)
             self.last_fit = self._fit(problems)
             return self.last_fit
         except BaseException:

@@ -49,11 +49,14 @@ class RunningMean:
     def add(self, problem: LQRProblem, weight: float) -> None:
         """M becomes that of (1 - weight) past + weight new; weight 1 forgets the past.
 
+        With the authors' recipe, only where that needs directions to begin with.
+
         Raises:
             RefusedError: Something is NaN or infinite, or no curvature; M is in between then.
         """
+        forms = STARTS if self.recipe.learn == "momentum" else {**CLOSED_FORMS, **STARTS}
         for part in leaves(self.structure):
-            update = CLOSED_FORMS.get(type(part)) or STARTS.get(type(part))
+            update = forms.get(type(part))
             if update is not None:
                 update(part, problem, weight, self)
         held = (*self.structure.tensors.values(), *self.factors.values())
