@@ -56,7 +56,7 @@ class SubspaceState:
 
     Args:
         rule: Damping and its rule.
-        steps: The last steps, flat (P,), the latest first.
+        steps: The last steps, flat (P,), the latest first; float32 at least, as is the mean.
         mean: The running mean of gradients (P,), or None.
         count: Steps taken.
     """
@@ -117,9 +117,9 @@ def propose(
         structure: M.
         state: Read, not written.
         options: See there.
-        gradient: g of the batch, weight decay included, flat.
+        gradient: g of the batch, weight decay included, flat, in the dtype of M.
         terms: Which weights move, and the weight decay: one more diagonal of the curvature.
-        before: The batch's gradient at the last weights, weight decay included.
+        before: The same at the last weights.
     """
     mean, direction = _direction(structure, state, options, gradient, before)
     rows = torch.stack([-terms.masked(direction), *state.steps[: options.memory]])
@@ -212,13 +212,13 @@ def predicted_decrease(
 
 def _curvature(problem: LQRProblem, rows: Tensor, terms: GroupTerms) -> Tensor:
     """S'HS with weight decay and without damping, float64 (k, k)."""
-    system = problem.system
+    system, narrow = problem.system, rows.to(problem.dtype)
     if system.curved or not system.state_costs[-1] or any(system.state_costs[:-1]):
-        made = rows @ problem.hessian._rows(rows).mT
+        made = rows @ problem.hessian._rows(narrow).mT.to(rows)
     else:
-        final = system.rollout(rows).final
+        final = system.rollout(narrow).final
         flat = to_rows(final, system.state_shapes(system.horizon), system.proto, len(rows))
-        made = flat @ apply_rows(problem.Q[-1], flat).mT
+        made = flat.to(rows) @ apply_rows(problem.Q[-1], flat).mT.to(rows)
     decay = terms.curvature(rows)
     symmetric = ((made + made.mT) / 2).double()
     return symmetric if decay is None else symmetric + decay

@@ -47,11 +47,11 @@ class SubspaceStep:
         at = LossAt(self.model, self.loss, inputs, targets, problem.layout)
         weights = at.weights()
         terms = GroupTerms.of(at.named, self.base.param_groups, problem.layout)
-        gradient = terms.gradient(problem.gradient, weights)
+        gradient = terms.gradient(problem.gradient.to(self.structure.dtype), weights)
 
         def before() -> Tensor:
-            old = weights - state.steps[0]
-            return terms.gradient(at.gradient(old), old)
+            old = (weights - state.steps[0]).to(weights)
+            return terms.gradient(at.gradient(old).to(gradient), old)
 
         proposal = propose(
             *(problem, self.structure, state, options),
@@ -62,17 +62,20 @@ class SubspaceStep:
         if proposal is None or not bool((step := terms.scaled(proposal.step)).isfinite().all()):
             state.forget()
             return False, "the subspace step is NaN or infinite"
-        measured = None
+        predicted = None
         if state.count % options.check_every == 0:
             predicted = proposal.decrease
             if terms.factor is not None:
                 predicted = predicted_decrease(problem, step, gradient, terms)
-            at.write(weights + step)
+        # The problem shares the weights' memory: nothing is asked of it from here on.
+        at.write(weights + step)
+        measured = None
+        if predicted is not None:
             fall = float(problem.origin.loss_value) - at.value()  # type: ignore[union-attr]
             measured = fall - terms.penalty_change(weights, step), predicted
-        else:
-            at.write(weights + step)
-        kept = accept(state, options, step, proposal.mean, measured)
+        # What rounding has left of the step is what the weights have moved by.
+        taken = at.weights().to(step) - weights
+        kept = accept(state, options, taken, proposal.mean, measured)
         if not kept:
             at.write(weights)
         self._own_pass(at.parts(weights), at.inputs)

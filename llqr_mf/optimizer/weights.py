@@ -89,15 +89,16 @@ class GroupTerms:
         """Those of an optimizer's groups now."""
         places = {id(p): group for group in groups for p in group["params"]}
         found = [places.get(id(parameters[name]), {}) for name in layout.names]
-        proto = parameters[layout.names[0]].detach()
+        first = parameters[layout.names[0]]
+        wide = torch.promote_types(first.dtype, torch.float32)
 
         def flat(values: list[float], neutral: float) -> Tensor | None:
             if set(values) == {neutral}:
                 return None
-            made = torch.tensor(values, dtype=torch.float64).to(proto)
+            made = torch.tensor(values, dtype=wide, device=first.device)
             if len(set(values)) == 1:
                 return made[0]
-            return torch.repeat_interleave(made, torch.tensor(layout.sizes, device=proto.device))
+            return torch.repeat_interleave(made, torch.tensor(layout.sizes, device=first.device))
 
         return GroupTerms(
             flat([1.0 if group else 0.0 for group in found], 1.0),
