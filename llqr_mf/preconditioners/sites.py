@@ -125,6 +125,9 @@ def times_side(x: Tensor, matrix: Tensor, side: int) -> Tensor:
     if axis == x.ndim - 1:
         return x @ matrix.mT
     before, after = x.shape[:axis], x.shape[axis + 1 :]
+    if math.prod(before) > 1 and math.prod(after) < len(matrix):
+        # One large GEMM and a copy, not a small one for every row.
+        return (x.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
     flat = x.reshape(math.prod(before), x.shape[axis], -1)
     return (matrix @ flat).reshape(*before, len(matrix), *after)
 
