@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output output
+	$(BIN)/python examples/demo_preconditioners.py --output output
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest

@@ -31,6 +31,17 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "demo.json").read_text())["training"][0]["name"] == "exact GN"
 
 
+def test_demo_of_preconditioners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--output", str(tmp_path), "--steps", "3"]
+    report = load(ROOT / "examples" / "demo_preconditioners.py").main(short)
+    printed = capsys.readouterr().out
+    assert "LLQR EKronecker" in printed
+    share = {row["name"]: row["fraction"] for row in report["structures"]["rows"]}
+    assert share["LLQR EKronecker"] > max(share["EKFAC"], share["K-FAC"], share["Jacobi"])
+    assert len(report["training"]) == 4
+    assert (tmp_path / "demo_preconditioners.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("page", ["README.md"])
 def test_code_in_pages_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)

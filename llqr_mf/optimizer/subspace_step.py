@@ -44,7 +44,10 @@ class SubspaceStep:
     def __call__(self, problem: LQRProblem, inputs: Any, targets: Tensor) -> tuple[bool, str]:
         """One step; whether it was kept, and why it was skipped if it was."""
         state, options = self.state, self.options
-        at = LossAt(self.model, self.loss, inputs, targets, problem.layout)
+        origin = problem.origin
+        assert origin is not None
+        stateful = origin.layers[0].program.stateful
+        at = LossAt(self.model, self.loss, inputs, targets, problem.layout, stateful=stateful)
         weights = at.weights()
         terms = GroupTerms.of(at.named, self.base.param_groups, problem.layout)
         gradient = terms.gradient(problem.gradient.to(self.structure.dtype), weights)

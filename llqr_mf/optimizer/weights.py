@@ -23,11 +23,20 @@ class LossAt:
         inputs: The batch.
         targets: Its targets.
         layout: Of flat weights.
+        stateful: See `curvature_pass`.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, inputs: Any, targets: Tensor, layout: Layout
+        self,
+        model: nn.Module,
+        loss: Loss,
+        inputs: Any,
+        targets: Tensor,
+        layout: Layout,
+        *,
+        stateful: bool = True,
     ) -> None:
+        self.stateful = stateful
         self.model, self.loss, self.targets, self.layout = model, loss, targets, layout
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.named = dict(model.named_parameters())
@@ -61,7 +70,7 @@ class LossAt:
     def _run(self, replaced: Mapping[str, Tensor]) -> Tensor:
         state = {**{n: b.clone() for n, b in self.model.named_buffers()}, **replaced}
         device = self.held[0].device
-        with curvature_pass(device):
+        with curvature_pass(device, stateful=self.stateful):
             outputs = torch.func.functional_call(self.model, state, self.inputs)
         return self.loss.value(outputs, self.targets)
 

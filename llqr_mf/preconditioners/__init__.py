@@ -1,5 +1,6 @@
 """Structured inverse preconditioners: M, cheap to multiply, positive definite, close to H^{-1}."""
 
+from . import baselines
 from .base import Structure
 from .blueprint import Blueprint
 from .chart import Chart
@@ -27,5 +28,6 @@ __all__ = [
     "Scaled",
     "Structure",
     "Sum",
+    "baselines",
     "structure",
 ]
