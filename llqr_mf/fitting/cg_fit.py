@@ -1,4 +1,4 @@
-"""Fitting by conjugate gradients on the normal equations, one chart of M after another."""
+"""Fitting by the normal equations of one chart of M after another, within its bounds."""
 
 from __future__ import annotations
 

@@ -63,8 +63,9 @@ def fit(
     The new M is kept only if the objective of the held-out problems falls (without any, that of
     the probes); else, and where anything is not finite, M stays as it was, bit for bit.
 
-    method="cg" solves the normal equations by conjugate gradients: M is first multiplied by its
-    best number, then each of its charts is solved in turn. method="momentum" is the recipe of
+    method="cg": M is first multiplied by its best number; then the normal equations of each of its
+    charts are solved in turn, by projected and conjugate gradients that keep M positive definite
+    (`minimise_projected`). method="momentum" is the recipe of
     the authors (arXiv:2605.04230), a control: steps on all tensors jointly, with the full gradient
     of the first problem as the only probe, and an average with the old M; it takes the last five
     options, and of the others none that chooses probes, anchors or stops. Their diagonal is clipped

@@ -6,10 +6,13 @@ import pytest
 import torch
 from fitting.dense_fit import problem
 from small_models import mlp, normal, relative
+from tqdm import tqdm
 
 import llqr_mf as lq
 from llqr_mf.fitting import fit
 from llqr_mf.fitting.authors_ekronecker import AuthorsEKronecker
+from llqr_mf.fitting.momentum_fit import Momentum, fit_by_momentum
+from llqr_mf.fitting.objective import ProbeObjective
 from llqr_mf.preconditioners import Diagonal, EKronecker, Kronecker
 
 
@@ -82,11 +85,15 @@ def test_a_diagonal_is_clipped_at_every_step() -> None:
 
 
 def test_matrices_stay_definite_here() -> None:
-    one = problem(0, damping=1.0)
-    M = Kronecker(one)
-    options = {"method": "momentum", "learning_rate": 0.3, "steps": 20, "ema": 0.0}
-    fit(M, one, held_out=[], **options)
+    one = problem(0, damping=10.0)
+    M, A = Kronecker(one), AuthorsEKronecker(one)
+    recipe = Momentum(learning_rate=1.0, ema=0.0)
+    for each in (M, A):
+        each.scale_(3.0)
+        made = ProbeObjective([one], [one.gradient.unsqueeze(0)], each, tqdm(disable=True))
+        fit_by_momentum(each, made, recipe=recipe, floor=1e-6)
     assert float(torch.linalg.eigvalsh(M.to_dense()).min()) > 0
+    assert float(torch.linalg.eigvalsh(A.to_dense()).min()) < 0
 
 
 def test_bases_are_not_learned_but_the_authors_are() -> None:
