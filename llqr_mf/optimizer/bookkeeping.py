@@ -35,7 +35,14 @@ class Counts:
 
 
 class Timings(dict[str, float]):
-    """Seconds by phase, by the host's clock: a GPU may lag behind."""
+    """Seconds by phase, by the host's clock: a GPU may lag behind.
+
+    Args:
+        phases: Their names.
+    """
+
+    def __init__(self, *phases: str) -> None:
+        super().__init__(dict.fromkeys(phases, 0.0))
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
@@ -44,7 +51,7 @@ class Timings(dict[str, float]):
         try:
             yield
         finally:
-            self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
+            self[phase] += time.perf_counter() - start
 
 
 def tensors_in(held: Any) -> Iterator[Tensor]:

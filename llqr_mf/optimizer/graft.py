@@ -25,9 +25,9 @@ def graft_to_layers(parts: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> 
     index = torch.tensor([places[owner] for owner in owners], device=device)
 
     def squared(tensors: Mapping[str, Tensor]) -> Tensor:
-        """Of the layers' norms, in float64: a sum of squares overflows early."""
+        """The squared norms of the layers."""
         norms = torch._foreach_norm([tensors[n] for n in names], 2, dtype=_wide(made))
-        by_name = torch.stack(norms).double().square()
+        by_name = torch.stack(norms).square()
         return by_name.new_zeros(len(places)).index_add_(0, index, by_name)
 
     wanted, got = squared(parts), squared(made)

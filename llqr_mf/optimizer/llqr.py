@@ -148,8 +148,8 @@ class LLQR(Optimizer):
         if not self._plain or step == "subspace":
             self._layers = split(model, cuts=cuts, example_inputs=example_inputs)
         self.counts = Counts()
-        self.timings = Timings()
-        """Seconds in "apply", "base", "refresh" and "subspace", by the host's clock."""
+        self.timings = Timings("apply", "base", "refresh", "subspace")
+        """Seconds by phase, by the host's clock: a GPU may lag behind."""
         self._wrapped = WrappedStep(
             *(dict(model.named_parameters()), base, self.structure, self.timings),
             graft=graft,

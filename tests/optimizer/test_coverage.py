@@ -149,10 +149,9 @@ def test_state_is_bounded_by_default(name):
 def test_timings_by_phase():
     net = model()
     optimizer = wrap(net, recipe=Recipe())
-    assert optimizer.timings == {}
+    assert not any(optimizer.timings.values())
     train(net, optimizer, 2)
-    assert set(optimizer.timings) == {"refresh", "apply", "base"}
     other = wrap(net, step="subspace")
     other.step(*batch())
-    assert set(other.timings) == {"refresh", "subspace"}
-    assert all(seconds > 0 for seconds in (*optimizer.timings.values(), *other.timings.values()))
+    spent = [{name for name, t in o.timings.items() if t > 0} for o in (optimizer, other)]
+    assert spent == [{"refresh", "apply", "base"}, {"refresh", "subspace"}]
