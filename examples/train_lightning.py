@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--precision", default="32-true", help="such as bf16-mixed")
     parser.add_argument("--resume", help="a Lightning checkpoint to go on from")
     parser.add_argument("--save", help="where to put one at the end")
     options = parser.parse_args(arguments)
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     module = Digits(options.width, options.steps)
     trainer = L.Trainer(
         accelerator="auto",
+        precision=options.precision,
         max_steps=options.steps,
         callbacks=[Refresh()],
         gradient_clip_val=1.0,

@@ -211,4 +211,5 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     if not held:
         return True
     norms = torch._foreach_norm(held, float("inf"))
-    return bool(torch.stack([norm.double() for norm in norms]).sum().isfinite())
+    wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    return bool(torch.stack([norm.to(wide) for norm in norms]).isfinite().all())

@@ -218,7 +218,7 @@ def _curvature(problem: LQRProblem, rows: Tensor, terms: GroupTerms) -> Tensor:
     else:
         final = system.rollout(narrow).final
         flat = to_rows(final, system.state_shapes(system.horizon), system.proto, len(rows))
-        made = flat.to(rows) @ apply_rows(problem.Q[-1], flat).mT.to(rows)
+        made = flat.to(rows) @ apply_rows(problem._state_hessian(problem.horizon), flat).mT.to(rows)
     decay = terms.curvature(rows)
     symmetric = ((made + made.mT) / 2).double()
     return symmetric if decay is None else symmetric + decay

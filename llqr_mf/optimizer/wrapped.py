@@ -127,10 +127,10 @@ class WrappedStep:
             names = [name for name in part.layout.names if name in given]
             if not names:
                 continue
-            rows = {
-                name: given.get(name, torch.zeros_like(p)).detach().unsqueeze(0)
-                for name, p in ((n, self.parameters[n]) for n in part.layout.names)
-            }
+            rows = {}
+            for name in part.layout.names:
+                p = self.parameters[name]
+                rows[name] = (given[name] if name in given else torch.zeros_like(p)).unsqueeze(0)
             product = part.precondition(rows)
             # Contiguous, as torch's fused loops over parameters need them.
             made.update({name: product[name].squeeze(0).contiguous() for name in names})

@@ -36,16 +36,17 @@ def test_mixed_precision(dtype):
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs
-def test_lightning(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning(tmp_path, precision):
     module = example("train_lightning", "lightning")
-    path = str(tmp_path / "end.ckpt")
-    first = module.main(["--steps", "60", "--save", path])
+    path, common = str(tmp_path / "end.ckpt"), ["--precision", precision]
+    first = module.main([*common, "--steps", "60", "--save", path])
     assert first["losses"][-1] < 0.8 * first["losses"][0]
     counts = first["optimizer"].counts
     assert (counts.steps, counts.skipped, counts.refreshes) == (60, 0, 2)
     assert set(torch.load(path, weights_only=False)["optimizer_states"][0]["llqr"]) > {"structure"}
     # The period is 50: after 60 steps the next refresh is at 100.
-    resumed = module.main(["--steps", "99", "--resume", path])
+    resumed = module.main([*common, "--steps", "99", "--resume", path])
     assert resumed["losses"][0] < 0.9 * first["losses"][0]
     assert (resumed["optimizer"].counts.steps, resumed["optimizer"].counts.refreshes) == (99, 2)
     tensors = [run["optimizer"].structure.tensors for run in (first, resumed)]

@@ -23,8 +23,10 @@ import llqr_mf as lq
 from llqr_mf.fitting.authors_ekronecker import AuthorsEKronecker
 from llqr_mf.optimizer import Recipe, annealed, burn_in, refresh
 from llqr_mf.optimizer.refresh import at_least_two
+from llqr_mf.optimizer.running_mean import RunningMean
 from llqr_mf.preconditioners.baselines import ekfac, jacobi, kfac, scaled_identity
 from llqr_mf.preconditioners.layerwise import Layerwise
+from llqr_mf.preconditioners.probes import curvature_probes
 from llqr_mf.preconditioners.statistics import layer_factors
 
 DAMPING = 1e-2
@@ -289,18 +291,27 @@ def test_a_refused_fit_leaves_what_the_closed_form_made(monkeypatch):
     assert_same(fitted.structure.state_dict(), plain.structure.state_dict())
 
 
-def test_low_rank_has_directions_of_curvature_and_gets_better_by_them():
+def test_low_rank_starts_in_the_span_of_the_curvature_as_d_sees_it():
     net = model()
+    M, problem = lq.LowRank(net, rank=6), problem_of(net, *batch(n=16))
     recipe = Recipe(learn="cg", damping=DAMPING, samples=None)
-    optimizer = wrap(net, structure="low_rank", recipe=recipe, rank=6)
-    optimizer.refresh(*batch(n=16))
-    M = optimizer.structure
-    assert torch.linalg.matrix_rank(M.basis()) == 6
-    J = curvature(net, *batch(n=16))
-    scaled = M.basis() @ (M.flat().sqrt().unsqueeze(1) * J * M.flat().sqrt()) @ M.basis().mT
-    # Six random directions of 43 would hold a seventh of the curvature as D sees it.
-    assert scaled.trace() > 0.5 * (J.diagonal() * M.flat()).sum()
-    assert optimizer.last_fit.accepted
+    RunningMean(M, recipe, torch.Generator().manual_seed(3)).add(problem, 1.0)
+    assert relative(M.flat(), jacobi(problem).to_dense().diagonal()) < ROUNDING
+    probes = curvature_probes(problem, 6, torch.Generator().manual_seed(3)) * M.flat().sqrt()
+    W = M.basis()
+    assert relative(probes @ W.mT @ W, probes) < ROUNDING
+
+
+def test_a_subspace_refresh_takes_the_steps_own_problem(monkeypatch):
+    """One linearisation a step, refreshes included; and the exact damping of each."""
+    net = model()
+    optimizer = wrap(net, structure="diagonal", recipe=EXACT, step="subspace", refresh_every=1)
+    made, real = [], optimizer._problem
+    monkeypatch.setattr(optimizer, "_problem", lambda *args: made.append(args[2]) or real(*args))
+    wanted = jacobi(problem_of(net, *batch()))
+    optimizer.step(*batch())
+    assert made == [0.0]
+    assert relative(optimizer.structure.to_dense(), wanted.to_dense()) < ROUNDING
 
 
 def test_authors_structure_by_their_recipe():
