@@ -78,6 +78,17 @@ class BCEWithLogits(Loss):
             wide, targets.to(wide.dtype), weight=weight, pos_weight=pos_weight
         )
 
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """W ((1 - y) s - pos_weight y (1 - s)) / (N D), s the sigmoid."""
+        wide = widen(outputs.detach())
+        weight, pos_weight = self._weights(wide)
+        y = targets.detach().to(wide.dtype)
+        fall = torch.sigmoid(-wide) * y
+        slope = torch.sigmoid(wide) * (1 - y) - (fall if pos_weight is None else pos_weight * fall)
+        if weight is not None:
+            slope = slope * weight
+        return (slope / outputs.numel()).to(outputs.dtype)
+
     def hessian(self, outputs: Tensor, targets: Tensor) -> DiagonalCurvature:
         """diag(w (pos_weight y + 1 - y) s (1 - s)) / (N D), s the sigmoid."""
         h = self._variance(outputs)
