@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,8 @@ def test_resume_is_bit_exact(case, dtype, base):
     # Six steps end in the second refresh of those that are spread over three.
     run(net, optimizer, 6, dtype=dtype)
     assert (optimizer._schedule.turn > 0) == ("spread" in options)
+    state = optimizer._subspace.state
+    state.rule = replace(state.rule, damping=0.05)  # as a step that was taken back leaves it
     saved = copy.deepcopy({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
     run(net, optimizer, 5, first=6, dtype=dtype)
     for change in (through_a_file, moved):

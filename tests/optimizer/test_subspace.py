@@ -225,20 +225,22 @@ def test_checks_come_every_so_often():
 
 
 class Marked(nn.Module):
-    """Running statistics, and dropout without a module."""
+    """Running statistics or none, and dropout without a module."""
 
-    def __init__(self):
+    def __init__(self, norm=True):
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
 
     def forward(self, x):
         x = torch.tanh(self.norm(self.first(x)))
         return self.last(F.dropout(x, 0.3, self.training))
 
 
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_running_statistics_and_random_numbers_move_as_in_training(training):
-    net = seeded(Marked).train(training)
+def test_running_statistics_and_random_numbers_move_as_in_training(training, norm):
+    net = seeded(lambda: Marked(norm)).train(training)
     optimizer = wrap(net, refresh_every=2, step="subspace", recipe=Recipe())
     torch.manual_seed(5)
     for i in range(5):
