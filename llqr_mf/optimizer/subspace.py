@@ -213,7 +213,7 @@ def predicted_decrease(
 def _curvature(problem: LQRProblem, rows: Tensor, terms: GroupTerms) -> Tensor:
     """S'HS with weight decay and without damping, float64 (k, k)."""
     system, narrow = problem.system, rows.to(problem.dtype)
-    if system.curved or not system.state_costs[-1] or any(system.state_costs[:-1]):
+    if system.curved or not system.state_costs[-1]:
         made = rows @ problem.hessian._rows(narrow).mT.to(rows)
     else:
         final = system.rollout(narrow).final

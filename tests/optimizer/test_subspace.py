@@ -156,7 +156,9 @@ def test_weight_decay_schedule_and_untrained_parameters(uneven):
     held = [first, second] if uneven else [{**first, "params": [*net.parameters()]}]
     base = sgd(held)
     # A structure that couples weight and bias: the bias is not to move with its weight.
-    optimizer = wrap(net, base, refresh_every=3, step="subspace", subspace=options)
+    optimizer = wrap(
+        *(net, base), refresh_every=3, step="subspace", subspace=options, max_state=None
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
     decay, trained = torch.full((43,), 0.05, dtype=F64), torch.ones(43, dtype=F64)
     if uneven:
@@ -207,6 +209,18 @@ def test_a_step_that_raises_the_loss_is_taken_back_bit_for_bit():
     assert state.rule.damping == pytest.approx(1.5 * damping)
     optimizer.step(x, y)
     assert not torch.equal(weights(net), held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_remembered_is_what_the_weights_moved_by(dtype):
+    net = model(dtype)
+    optimizer = wrap(net, step="subspace")
+    for i in range(3):
+        before = weights(net)
+        train_subspace(net, optimizer, 1, first=i, dtype=dtype)
+        step = optimizer._subspace.state.steps[0]
+        assert step.dtype == torch.float32
+        assert torch.equal(step, weights(net).float() - before.float())
 
 
 def test_checks_come_every_so_often():
