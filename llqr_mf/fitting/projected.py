@@ -135,17 +135,14 @@ def minimise_projected(
     x, r = x.clone(), residual.clone()
     eps, norm_seen = torch.finfo(x.dtype).eps, 0.0
     wait, stood, length = FIRST_WAIT, 0, 1.0
-    free_before = torch.zeros_like(x, dtype=torch.bool)
     p: Tensor | None = None
     target, Ap, bend = x, r, 1.0
     # J - J(start); for any quadratic it is -(x - start)'(r + r_start) / 2.
     values = deque([0.0], maxlen=MEMORY)
     best, iteration, converged, bends_up = (0.0, x), 0, False, True
     while iteration < max_iterations:
-        free = feasible.free(x, r)
-        z = (scaling * r).masked_fill_(~free, 0)
+        z = (scaling * r).masked_fill_(~feasible.free(x, r), 0)
         converged = dot(r, z) <= tolerance**2
-        stood, free_before = (stood if torch.equal(free, free_before) else 0), free
         conjugate = stood >= wait
         if conjugate:
             p = z if p is None else z - (dot(z, Ap) / bend) * p

@@ -7,9 +7,17 @@ import math
 
 import pytest
 import torch
-from fitting.dense_fit import LAYERS, problem, rows_of
+from fitting.dense_fit import LAYERS, objective, problem, rows_of
 from llqr_mf.operators import System
-from small_models import assert_unchanged, mlp, normal, relative, state_of
+from small_models import (
+    NETWORKS,
+    assert_unchanged,
+    mlp,
+    network,
+    normal,
+    relative,
+    state_of,
+)
 
 import llqr_mf as lq
 from llqr_mf.fitting import FitReport, fit
@@ -263,6 +271,21 @@ def test_narrow_problems(make, dtype) -> None:
     assert values[1] == pytest.approx(values[0], rel=1e-4 if dtype == torch.float32 else 0.1)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_kind_of_network(name) -> None:
+    model, inputs, targets = network(name)
+    before = state_of(model)
+    layers = lq.split(model)
+    one = lq.LQRProblem.from_network(layers, inputs, targets, loss="cross_entropy", damping=0.1)
+    for make in (Kronecker, EKronecker):
+        M = make(model)
+        report = fit(M, one, count=2)
+        assert report.accepted and report.fit_objective < report.fit_objective_before
+        value = objective(M, [one], rows_of([one], count=2))
+        assert report.fit_objective == pytest.approx(value, rel=1e-9)
+    assert_unchanged(model, before)
+
+
 def test_the_scale_of_gradients_does_not_matter_in_float32() -> None:
     one = problem(0)
     layers = lq.split(mlp(3, 4, 3, dtype=torch.float32))
@@ -392,3 +415,20 @@ def test_what_cannot_be_fitted_is_named() -> None:
     with pytest.raises(ValueError, match="StreamedProblem"):
         fit(Diagonal(one), streamed, count=2)
     assert isinstance(fit(Diagonal(one), streamed), FitReport)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"method": "momentum"}, {"probes": "curvature"}])
+def test_a_device(options) -> None:
+    made = []
+    for device in ("cpu", "cuda"):
+        layers = lq.split(mlp(3, 4, 3).to(device))
+        x, y = normal(12, 3).to(device), (torch.arange(12) % 3).to(device)
+        one = lq.LQRProblem.from_network(layers, x, y, loss="cross_entropy", damping=0.1)
+        M = EKronecker(one)
+        report = fit(M, one, **options)
+        assert report.accepted and M.device.type == device
+        made.append(report.fit_objective)
+    if "probes" not in options:  # a device has its own random numbers
+        assert made[1] == pytest.approx(made[0], rel=1e-9)

@@ -58,6 +58,19 @@ def test_no_iteration_raises_the_objective() -> None:
     assert changes == sorted(changes, reverse=True) and changes[0] == 0
 
 
+def test_a_scaling_far_too_large_is_no_harm() -> None:
+    A, b = quadratic(25, 1, 4.0)
+    start = torch.ones_like(b)
+    found = minimise_projected(
+        lambda v: A @ v,
+        *(start, b - A @ start, Above(torch.zeros_like(b))),
+        scaling=torch.ones_like(b),
+        tolerance=0.0,
+        max_iterations=1,
+    )
+    assert found.change < 0 and found.iterations == 1
+
+
 def test_one_product_per_iteration() -> None:
     A, b = quadratic(25, 1, 4.0)
     seen = []
