@@ -118,8 +118,8 @@ def minimise_projected(
     on the segment shortens them (Birgin, Martinez and Raydan 2000); the best point is returned.
     Where bounds stand: conjugate gradients on the free coordinates, up to the next bound (More and
     Toraldo 1991). Both cost one product per iteration. (`solvers.cg` knows no bounds, and its
-    solution, projected, is a poor one: on a Kronecker fit measured, half of the decrease on the
-    probes at the same products, and none on other gradients.)
+    solution, projected, is a poor one: on a Kronecker fit of an MLP, after equal products, J was
+    -0.155 on the probes against -0.274 by projected steps, and 0.17 against -0.07 on others.)
 
     Args:
         product: v to A v, both (n,).
