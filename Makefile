@@ -29,10 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-# curvlinops and mpc, without the torchvision they would pull.
+# Peers, without the torchvision that some would pull.
 bench-env: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
-	$(BIN)/python -m pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 mpc==0.0.6
+	$(BIN)/python -m pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 mpc==0.0.6 pytorch_optimizer==4.1.0
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -122,7 +122,7 @@ def entrants(steps: int) -> dict[str, Callable[[nn.Module], Step]]:
         return make
 
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=10.0, momentum=0.9)
+        return torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
 
     def adamw(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -192,7 +192,7 @@ def picture(table: lq.probe.Comparison, runs: list[dict[str, Any]], path: Path) 
     )
     axes[0].set_yticks(places, [r.name for r in rows])
     axes[0].set_xlabel("share of the exact decrease on unseen batches")
-    axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+    axes[0].legend(frameon=False, loc="upper right", fontsize=8)
     axes[0].set_title("Which step does M make?")
     for run in runs:
         axes[1].plot(range(len(run["losses"])), run["losses"], label=run["name"])
