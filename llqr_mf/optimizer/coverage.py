@@ -42,6 +42,11 @@ class Coverage:
         """Those that the base optimizer trains without a preconditioner."""
         return tuple(p for p in self.parameters if p.trained and p.structure is None)
 
+    @property
+    def trains_model(self) -> bool:
+        """Whether the base optimizer trains any parameter of the model."""
+        return any(p.trained and p.name != "?" for p in self.parameters)
+
     def __str__(self) -> str:
         """One line per parameter."""
         width = max([9, *(len(p.name) for p in self.parameters)])

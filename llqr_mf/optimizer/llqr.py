@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from ..fitting import FitReport
 from ..losses import get_loss
@@ -22,6 +22,7 @@ from ..preconditioners.direct_sum import Rules
 from ..preconditioners.direct_sum import structure as build_structure
 from ..preconditioners.identity import Identity
 from ..problem import LQRProblem
+from .arguments import check_base, check_options
 from .bookkeeping import Counts, Timings, bytes_of, tensors_in
 from .checkpoint import load, save
 from .coverage import coverage
@@ -29,7 +30,7 @@ from .graft import Graft
 from .recipe import Recipe
 from .refresh import Batch, Refresher
 from .running_mean import RefusedError
-from .schedule import RefreshEvery, Schedule, period_at
+from .schedule import RefreshEvery, Schedule
 from .subspace import Subspace
 from .subspace_step import SubspaceStep
 from .wrapped import Precondition, WrappedStep
@@ -60,7 +61,8 @@ class LLQR(Optimizer):
     model that has running statistics in train mode, or draws random numbers, also runs forward once
     as it does in training, so that these move as they would.
 
-    A step or refresh that meets NaN or infinity changes nothing but `counts`.
+    A step or refresh that meets NaN or infinity changes nothing but `counts`. Only in the batch
+    itself, given to `refresh` or to a subspace step, is NaN an error (ValueError).
 
     Args:
         model: The model that is trained.
@@ -114,24 +116,25 @@ class LLQR(Optimizer):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if not isinstance(base, Optimizer) or isinstance(base, LLQR):
-            raise ValueError(f"base is a {type(base).__name__}: give a torch optimizer.")
-        if isinstance(base, LBFGS):
-            raise ValueError("base is LBFGS, which runs its closure many times: give another.")
-        for name, value, known in (
-            ("graft", graft, ("layer", "kl", "none")),
-            ("precondition", precondition, ("gradient", "update")),
-            ("step", step, ("base", "subspace")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: choose one of {known}.")
-        if spread < 1 or not kl_limit > 0:
-            raise ValueError("need spread >= 1 and kl_limit > 0.")
-        period_at(refresh_every, 0)
+        if isinstance(base, LLQR):
+            raise ValueError("base is an LLQR: give a torch optimizer.")
+        check_base(base)
+        check_options(
+            recipe=recipe,
+            subspace=subspace,
+            refresh_every=refresh_every,
+            spread=spread,
+            kl_limit=kl_limit,
+            graft=graft,
+            precondition=precondition,
+            step=step,
+        )
         self.model, self.base = model, base
         self._loss, self._metric = get_loss(loss), get_metric(metric)
         self.structure = _structure(model, structure, options)
         self.coverage = coverage(model, base, self.structure)
+        if not self.coverage.trains_model:
+            raise ValueError("base trains no parameter of model: make it of model.parameters().")
         if strict and (left := self.coverage.passed_through):
             raise ValueError(
                 f"strict: '{left[0].name}' has no preconditioner ({left[0].reason}); give it a "
@@ -253,10 +256,12 @@ class LLQR(Optimizer):
             damping=damping,
             check=not self._checked,
         )
-        if problem.layout != self.structure.layout or problem.device != self.structure.device:
+        M = self.structure
+        wide = torch.promote_types(problem.dtype, M.dtype)
+        if (problem.layout, problem.device, wide) != (M.layout, M.device, M.dtype):
             raise ValueError(
-                "the model's trainable parameters or their device changed since the optimizer was "
-                "made: make it again."
+                "the model's trainable parameters, their dtype or their device changed since the "
+                "optimizer was made: make it again."
             )
         self._checked = True
         return problem

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Parts, Structure
 from .chart import Chart
-from .composite import Composite
+from .composite import Composite, check_parts
 from .diagonal import Diagonal
 from .spd import spd_logdet
 
@@ -37,6 +37,7 @@ class Sum(Composite):
     ) -> None:
         if not structures:
             raise ValueError("a sum needs at least one structure.")
+        check_parts(structures)
         if any(structure.layout != structures[0].layout for structure in structures):
             raise ValueError(
                 "the structures of a sum must be over the same parameters: DirectSum puts those "
@@ -139,6 +140,7 @@ class Scaled(Composite):
     def __init__(self, diagonal: Diagonal, inner: Structure) -> None:
         if not isinstance(diagonal, Diagonal):
             raise TypeError(f"diagonal is a {type(diagonal).__name__}: give a Diagonal.")
+        check_parts([inner])
         if diagonal.layout != inner.layout:
             raise ValueError("diagonal and inner must be over the same parameters.")
         super().__init__(inner, (diagonal, inner))

@@ -13,6 +13,20 @@ from .blueprint import Like
 C = TypeVar("C", bound="Composite")
 
 
+def check_parts(structures: Sequence[Structure]) -> None:
+    """All parts are structures.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for structure in structures:
+        if not isinstance(structure, Structure):
+            raise TypeError(
+                f"a {type(structure).__name__} was given as a part: give structures, such as "
+                "Diagonal(model)."
+            )
+
+
 class Composite(Structure):
     """A structure whose tensors are those of others, under names of its own, and few besides.
 

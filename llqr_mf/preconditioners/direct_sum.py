@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import Parts, Structure
 from .blueprint import Blueprint, Like
 from .chart import Chart
-from .composite import Composite
+from .composite import Composite, check_parts
 from .diagonal import Diagonal
 from .ekronecker import EKronecker
 from .identity import Identity
@@ -49,6 +49,7 @@ class DirectSum(Composite):
     kind = "direct_sum"
 
     def __init__(self, like: Like, structures: Sequence[Structure]) -> None:
+        check_parts(structures)
         layout = Blueprint.of(like).layout
         wanted = sorted(zip(layout.names, layout.shapes, strict=True))
         given = sorted(

@@ -36,6 +36,9 @@ class EKronecker(Structure):
             largest first, until it holds. With 3, square weights keep both. (One number more is
             let through: with its bias a square weight has sides n and n + 1, and
             n^2 + (n + 1)^2 = 2 n (n + 1) + 1.)
+
+    Raises:
+        ValueError: An option is unknown, or `max_state` less than the 1 that the spectrum takes.
     """
 
     kind = "ekronecker"
@@ -50,6 +53,8 @@ class EKronecker(Structure):
         max_state: float | None = None,
     ) -> None:
         super().__init__(like)
+        if max_state is not None and not max_state >= 1:
+            raise ValueError(f"max_state is {max_state}: the spectrum alone takes 1.")
         self.sites = sites(self.blueprint, biases=biases, kernels=kernels, max_side=max_side)
         proto = self._proto
         for site in self.sites:

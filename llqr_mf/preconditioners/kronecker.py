@@ -31,6 +31,9 @@ class Kronecker(Structure):
         kernels: A convolution as the matrix (out, in * kernel), as the tensor (out, in, kernel), or
             as the matrix where in * kernel <= max_side ("auto").
         max_side: A larger side gets a diagonal factor.
+
+    Raises:
+        ValueError: An option is unknown.
     """
 
     kind = "kronecker"

@@ -78,7 +78,18 @@ def sites(
         kernels: A convolution as the matrix (out, in * kernel), as the tensor (out, in, kernel),
             or as the matrix where in * kernel <= max_side ("auto").
         max_side: A larger side gets a diagonal.
+
+    Raises:
+        ValueError: An option is none of these.
     """
+    for option, value, known in (
+        ("biases", biases, ("diagonal", "joined")),
+        ("kernels", kernels, ("auto", "matrix", "tensor")),
+    ):
+        if value not in known:
+            raise ValueError(f"{option}={value!r}: choose one of {known}.")
+    if max_side < 0:
+        raise ValueError(f"max_side is {max_side}: give 0 (no matrix) or more.")
     shapes = dict(zip(blueprint.layout.names, blueprint.layout.shapes, strict=True))
     made: list[Site] = []
     joined: set[str] = set()

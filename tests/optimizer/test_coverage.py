@@ -70,8 +70,13 @@ ERRORS = {
     "graft": ({"graft": "sign"}, "graft='sign'.*'layer', 'kl', 'none'"),
     "precondition": ({"precondition": "both"}, "precondition='both'"),
     "step": ({"step": "newton"}, "step='newton'"),
-    "spread": ({"spread": 0}, "spread >= 1"),
-    "kl_limit": ({"kl_limit": 0.0}, "kl_limit > 0"),
+    "spread": ({"spread": 0}, "spread is 0"),
+    "half a turn": ({"spread": 1.5}, "spread is 1.5: give a whole number"),
+    "period": ({"refresh_every": 2.5}, "refresh_every is 2.5: give a whole number"),
+    "no period": ({"refresh_every": 0}, "refresh_every gives 0"),
+    "kl_limit": ({"kl_limit": 0.0}, "kl_limit is 0.0"),
+    "recipe": ({"recipe": {"damping": 1.0}}, r"recipe is a dict: give lq.optimizer.Recipe"),
+    "subspace": ({"subspace": {"memory": 2}}, r"subspace is a dict: .*Subspace"),
     "structure": ({"structure": "shampoo"}, "no structure 'shampoo'"),
     "option": ({"rank": 3}, "no option 'rank'"),
     "pattern": ({"structure": [("conv*", None), ("*", "diagonal")]}, "matches no trainable"),
@@ -93,16 +98,26 @@ def test_errors_at_construction(case):
 
 def test_bases_and_structures_that_do_not_fit():
     net = model()
-    with pytest.raises(ValueError, match="base is a LLQR"):
+    with pytest.raises(ValueError, match="base is an LLQR"):
         wrap(net, wrap(net))
     with pytest.raises(ValueError, match="LBFGS"):
         wrap(net, torch.optim.LBFGS(net.parameters()))
+    with pytest.raises(ValueError, match="trains no parameter of model"):
+        wrap(net, sgd(model().parameters()))
     with pytest.raises(ValueError, match=r"\['max_side'\] are options"):
         wrap(net, structure=lq.Kronecker(net), max_side=4)
     with pytest.raises(ValueError, match="other parameters"):
         wrap(net, structure=lq.Diagonal(mlp(4, 6, 3)))
     with pytest.raises(ValueError, match="another device"):
         wrap(net, structure=lq.Diagonal(model().to("meta")))
+
+
+def test_weights_made_wider_ask_for_a_new_optimizer():
+    net = model(dtype=torch.float32)
+    optimizer = wrap(net)
+    net.double()
+    with pytest.raises(ValueError, match="dtype or their device changed"):
+        optimizer.refresh(*batch())
 
 
 def bytes_of(tensors):

@@ -177,3 +177,14 @@ def test_identity_gives_back_what_it_was_given():
     with pytest.raises(NotImplementedError, match="Scalar"):
         M.scale_(2.0)
     assert M.memory_bytes == 0 and not M.charts()
+
+
+def test_a_part_that_is_no_structure():
+    M = Diagonal(mlp(4, 3))
+    for make in (
+        lambda: DirectSum(M, [M, 3]),
+        lambda: Sum([M, torch.eye(15)]),
+        lambda: Scaled(M, 0.5),
+    ):
+        with pytest.raises(TypeError, match="was given as a part"):
+            make()

@@ -220,3 +220,11 @@ def test_a_site_has_its_parameters_in_rows():
 def test_models_of_one_module_have_bare_names():
     assert set(Kronecker(nn.Linear(2, 3)).tensors) == {"weight.factor0", "weight.factor1"}
     assert set(EKronecker(mlp(2, 3)).tensors) >= {"0.weight.basis1", "0.weight.spectrum"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"biases": "join"}, {"kernels": "flat"}, {"max_side": -1}, {"max_state": 0.5}]
+)
+def test_unknown_options_are_refused_by_name(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        EKronecker(mlp(4, 3), **options)

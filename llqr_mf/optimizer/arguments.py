@@ -1,0 +1,58 @@
+"""What is wrong with the arguments of `LLQR`, said before anything is made of them."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from .recipe import Recipe
+from .schedule import period_at
+from .subspace import Subspace
+
+_CHOICES = {
+    "graft": ("layer", "kl", "none"),
+    "precondition": ("gradient", "update"),
+    "step": ("base", "subspace"),
+}
+
+
+def check_base(base: Any) -> None:
+    """A torch optimizer that takes one gradient a step.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(base, Optimizer):
+        raise ValueError(f"base is a {type(base).__name__}: give a torch optimizer.")
+    if isinstance(base, LBFGS):
+        raise ValueError("base is LBFGS, which runs its closure many times: give another.")
+
+
+def check_options(
+    *, recipe: Any, subspace: Any, refresh_every: Any, spread: Any, kl_limit: float, **chosen: str
+) -> None:
+    """The options of `LLQR` that need no model.
+
+    Raises:
+        ValueError: One does not fit, with its name.
+    """
+    for name, value in chosen.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name}={value!r}: choose one of {_CHOICES[name]}.")
+    for name, given, kind in (("recipe", recipe, Recipe), ("subspace", subspace, Subspace)):
+        if given is not None and not isinstance(given, kind):
+            raise ValueError(
+                f"{name} is a {type(given).__name__}: give lq.optimizer.{kind.__name__}(...)."
+            )
+    if not isinstance(spread, Integral) or spread < 1:
+        raise ValueError(f"spread is {spread!r}: give a whole number of steps, at least 1.")
+    if not kl_limit > 0:
+        raise ValueError(f"kl_limit is {kl_limit}: give a number > 0.")
+    if not (callable(refresh_every) or isinstance(refresh_every, Integral)):
+        raise ValueError(
+            f"refresh_every is {refresh_every!r}: give a whole number of steps, or a function of "
+            "the step such as lq.optimizer.annealed(...)."
+        )
+    period_at(refresh_every, 0)
