@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llqr_mf.errors import NotFiniteError
 from llqr_mf.operators.output_curvature import at_least_float32
 
 
@@ -71,7 +72,7 @@ def check_float_targets(targets: Tensor) -> None:
             "targets.to(outputs.dtype)."
         )
     if not bool(targets.isfinite().all()):
-        raise ValueError("targets hold entries that are NaN or infinite: clean the data.")
+        raise NotFiniteError("targets hold entries that are NaN or infinite: clean the data.")
 
 
 def check_scalar(name: str, function: object, value: object) -> None:

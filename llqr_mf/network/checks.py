@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotFiniteError
 from .copies import shared_copy
 from .modes import curvature_pass
 from .split import Layer
@@ -90,16 +91,12 @@ def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None
             if name not in ("inputs[0]", "targets"):
                 finite |= torch.isneginf(tensor)  # an additive attention mask
             if not bool(finite.all()):
-                raise ValueError(f"{name} has entries that are NaN or infinite.")
+                raise NotFiniteError(f"{name} has entries that are NaN or infinite.")
             if name.startswith("inputs") and tensor.dtype != first.dtype:
                 raise ValueError(
                     f"{name} is {tensor.dtype} and the parameters are {first.dtype}: convert it "
                     f"with .to({first.dtype})."
                 )
-
-
-class NotFiniteError(ValueError):
-    """The model, its loss or a product is NaN or infinite at these weights."""
 
 
 def check_finite(model: nn.Module, outputs: Tensor) -> None:

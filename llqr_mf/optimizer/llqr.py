@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
+from ..errors import NotFiniteError
 from ..fitting import FitReport
 from ..losses import get_loss
 from ..metrics import get_metric
 from ..network import Layer, split
-from ..network.checks import NotFiniteError
 from ..preconditioners.base import Structure
 from ..preconditioners.blueprint import Blueprint
 from ..preconditioners.direct_sum import Rules
@@ -61,8 +61,7 @@ class LLQR(Optimizer):
     model that has running statistics in train mode, or draws random numbers, also runs forward once
     as it does in training, so that these move as they would.
 
-    A step or refresh that meets NaN or infinity changes nothing but `counts`. Only in the batch
-    itself, given to `refresh` or to a subspace step, is NaN an error (ValueError).
+    A step or refresh that meets NaN or infinity, in the batch too, changes nothing but `counts`.
 
     Args:
         model: The model that is trained.
