@@ -1,0 +1,1 @@
+"""The digits autoencoder benchmark: the task, the optimizers with their grids, the tuning."""
