@@ -16,14 +16,18 @@ from tqdm import tqdm
 
 
 def interleaved(
-    functions: dict[str, Callable[[], Any]], *, repeats: int, device: str = "cpu"
+    functions: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warm_up: int = 2,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Seconds of every function, each called once per round, so that drift hits all alike.
 
-    Two rounds warm up first.
+    `warm_up` rounds go first.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in tqdm(range(-2, repeats), leave=False):
+    for turn in tqdm(range(-warm_up, repeats), leave=False):
         for name, function in functions.items():
             synchronize(device)
             start = time.perf_counter()

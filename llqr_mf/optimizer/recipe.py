@@ -32,7 +32,7 @@ class Recipe:
     damping: float = 1e-3
     ema: float = 0.8
     samples: int | None = 1
-    probes: int = 8
+    probes: int = 4
 
     def __post_init__(self) -> None:
         if self.learn not in ("closed_form", "cg", "momentum"):

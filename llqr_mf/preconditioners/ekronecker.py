@@ -36,6 +36,8 @@ class EKronecker(Structure):
             largest first, until it holds. With 3, square weights keep both. (One number more is
             let through: with its bias a square weight has sides n and n + 1, and
             n^2 + (n + 1)^2 = 2 n (n + 1) + 1.)
+        max_turn: Most that the sides with a basis may add up to; bases are dropped likewise. A
+            product with M takes four multiplications and additions per weight times that sum.
 
     Raises:
         ValueError: An option is unknown, or `max_state` less than the 1 that the spectrum takes.
@@ -51,6 +53,7 @@ class EKronecker(Structure):
         kernels: Kernels = "auto",
         max_side: int = 2048,
         max_state: float | None = None,
+        max_turn: int | None = None,
     ) -> None:
         super().__init__(like)
         if max_state is not None and not max_state >= 1:
@@ -58,7 +61,7 @@ class EKronecker(Structure):
         self.sites = sites(self.blueprint, biases=biases, kernels=kernels, max_side=max_side)
         proto = self._proto
         for site in self.sites:
-            for side in _sides_with_basis(site, max_state):
+            for side in _sides_with_basis(site, max_state, max_turn):
                 one = torch.eye(site.sides[side], dtype=proto.dtype, device=proto.device)
                 self.tensors[f"{site.name}.basis{side}"] = one
             self.tensors[f"{site.name}.spectrum"] = proto.new_ones(site.sides)
@@ -210,10 +213,14 @@ def _transposed(bases: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if basis is None else basis.mT for basis in bases]
 
 
-def _sides_with_basis(site: Site, max_state: float | None) -> list[int]:
-    kept = sorted((i for i, full in enumerate(site.full) if full), key=lambda i: -site.sides[i])
-    if max_state is not None:
-        most = (max_state - 1) * site.size + 1
-        while kept and sum(site.sides[i] ** 2 for i in kept) > most:
-            del kept[0]
+def _sides_with_basis(site: Site, max_state: float | None, max_turn: int | None) -> list[int]:
+    kept = [i for i, full in enumerate(site.full) if full]
+    kept.sort(key=lambda i: (-site.sides[i], -i))
+    most = float("inf") if max_state is None else (max_state - 1) * site.size + 1
+    turn = float("inf") if max_turn is None else max_turn
+    while kept:
+        sizes = [site.sides[i] for i in kept]
+        if sum(n * n for n in sizes) <= most and sum(sizes) <= turn:
+            break
+        del kept[0]
     return sorted(kept)
