@@ -17,8 +17,10 @@ def mlp(width: int, depth: int = 4, batch: int = 128) -> Case:
     return model, torch.randn(batch, width), torch.randint(0, 10, (batch,))
 
 
-class _Block(nn.Module):
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+class Block(nn.Module):
+    """A residual block of two convolutions with BatchNorm, on the skip's convolution too or not."""
+
+    def __init__(self, inside: int, outside: int, stride: int, *, norm_skip: bool = True) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(outside)
@@ -26,11 +28,12 @@ class _Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(outside)
         self.skip: nn.Module = nn.Identity()
         if stride != 1 or inside != outside:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
-            )
+            project = nn.Conv2d(inside, outside, 1, stride, bias=False)
+            norm = nn.BatchNorm2d(outside)
+            self.skip = nn.Sequential(project, norm) if norm_skip else project
 
     def forward(self, x: Tensor) -> Tensor:
+        """ReLU of the branch and the skip."""
         y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
         return torch.relu(y + self.skip(x))
 
@@ -44,7 +47,7 @@ def resnet18(batch: int = 32) -> Case:
     ]
     inside = 64
     for outside, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [_Block(inside, outside, stride), _Block(outside, outside, 1)]
+        layers += [Block(inside, outside, stride), Block(outside, outside, 1)]
         inside = outside
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
     return model.eval(), torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from nets import Block
 from torch import Tensor, nn
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -74,27 +75,11 @@ def mlp() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(64, 10))
 
 
-class _Block(nn.Module):
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outside)
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inside != outside:
-            self.skip = nn.Conv2d(inside, outside, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
-        return torch.relu(y + self.skip(x))
-
-
 def resnet() -> nn.Module:
     """Three residual blocks of 8, 16 and 16 channels with BatchNorm."""
     return nn.Sequential(
         *[nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()],
-        *[_Block(8, 8, 1), _Block(8, 16, 2), _Block(16, 16, 1)],
+        *[Block(8, 8, 1), Block(8, 16, 2, norm_skip=False), Block(16, 16, 1)],
         *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)],
     )
 
