@@ -6,8 +6,7 @@
 
 Per seed all optimizers start from the same weights and see the same batches. They take turns step
 by step, so that drift of the machine hits all alike, on one thread, which small matrices like best.
-The loss is evaluated off the clock on all images. `make bench-env` and
-`pip install pytorch_optimizer==4.1.0` come first.
+The loss is evaluated off the clock on all images. `make bench-env` comes first.
 """
 
 from __future__ import annotations
