@@ -3,7 +3,7 @@
 1. On a digits classifier, the three structures are fitted on a few batches and compared, on
    batches they have not seen, with K-FAC, EKFAC and Jacobi: which share of the exact step's
    decrease does each reach?
-2. A deep autoencoder is trained by SGD, AdamW, LLQR around AdamW, and LLQR's subspace step.
+2. A deep autoencoder is trained by SGD, AdamW, LLQR around SGD, and LLQR's subspace step.
 
 Run `python examples/demo_preconditioners.py --output output`; it prints two tables and writes
 demo_preconditioners.png and .json.
@@ -102,12 +102,17 @@ Step = Callable[[Tensor], None]
 
 
 def entrants(steps: int) -> dict[str, Callable[[nn.Module], Step]]:
-    """What each optimizer does with a batch."""
+    """What each optimizer does with a batch; settings near those of benchmarks/autoencoder.py."""
 
-    def plain(base: Callable[[nn.Module], torch.optim.Optimizer]) -> Callable[[nn.Module], Step]:
+    def late(t: int) -> float:
+        return min(1.0, (t + 1) / 20) * min(1.0, 5 * (1 - t / steps))
+
+    def plain(
+        base: Callable[[nn.Module], torch.optim.Optimizer], factor: Callable[[int], float]
+    ) -> Callable[[nn.Module], Step]:
         def make(model: nn.Module) -> Step:
             optimizer = base(model)
-            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
             def step(x: Tensor) -> None:
                 if isinstance(optimizer, lq.LLQR) and optimizer.refresh_due:
@@ -122,22 +127,28 @@ def entrants(steps: int) -> dict[str, Callable[[nn.Module], Step]]:
         return make
 
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
+        return torch.optim.SGD(model.parameters(), lr=6.4, momentum=0.8)
 
     def adamw(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-
-    recipe = lq.optimizer.Recipe(damping=5e-6)
+        return torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.7, 0.8), weight_decay=0.0)
 
     def wrapped(model: nn.Module) -> torch.optim.Optimizer:
-        return lq.LLQR(model, adamw(model), loss="bce_with_logits", recipe=recipe, refresh_every=10)
+        return lq.LLQR(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.28, momentum=0.95),
+            loss="bce_with_logits",
+            precondition="update",
+            recipe=lq.optimizer.Recipe(damping=1.6e-6),
+            refresh_every=lq.optimizer.burn_in(5, every=1, then=10),
+            max_state=None,
+        )
 
     def subspace(model: nn.Module) -> Step:
         optimizer = lq.LLQR(
             model,
             torch.optim.SGD(model.parameters(), lr=1.0),
             loss="bce_with_logits",
-            recipe=recipe,
+            recipe=lq.optimizer.Recipe(damping=5e-6),
             step="subspace",
             subspace=lq.optimizer.Subspace(damping=1.5e-4),
             refresh_every=lq.optimizer.burn_in(5, every=1, then=10),
@@ -150,9 +161,9 @@ def entrants(steps: int) -> dict[str, Callable[[nn.Module], Step]]:
         return step
 
     return {
-        "SGD": plain(sgd),
-        "AdamW": plain(adamw),
-        "LLQR(AdamW)": plain(wrapped),
+        "SGD": plain(sgd, late),
+        "AdamW": plain(adamw, late),
+        "LLQR(SGD)": plain(wrapped, late),
         "LLQR subspace": subspace,
     }
 
