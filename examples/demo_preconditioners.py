@@ -211,7 +211,8 @@ def picture(table: lq.probe.Comparison, runs: list[dict[str, Any]], path: Path) 
     for axis, label in zip(axes[1:], ("steps", "training seconds"), strict=True):
         axis.set_xlabel(label)
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        for kind in ("major", "minor"):
+            getattr(axis.yaxis, f"set_{kind}_formatter")(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.grid(True, which="major", alpha=0.3)
     axes[1].set_ylabel("loss over the entropy floor, per image")
     axes[1].legend(frameon=False)
