@@ -38,7 +38,7 @@ from .wrapped import Precondition, WrappedStep
 _DEFAULTS: dict[str, Any] = {"max_state": 3.0, "max_turn": 640, "kernels": "tensor"}
 """Options of E-Kronecker by name: state within three times the weights, and M g cheap enough."""
 
-_PERIOD = annealed(first=100, last=1000, steps=10_000)
+_PERIOD = annealed(first=200, last=1000, steps=10_000)
 
 
 class LLQR(Optimizer):
@@ -75,7 +75,7 @@ class LLQR(Optimizer):
         metric: Whose curvature M follows, as in `LQRProblem.from_network`.
         recipe: How M is learned at a refresh.
         refresh_every: Steps between refreshes, a number or a function of the step (`annealed`,
-            `burn_in`). By default 100 at first, and 1000 from step 10,000 on.
+            `burn_in`). By default 200 at first, and 1000 from step 10,000 on.
         spread: Over how many consecutive steps a refresh is spread, one batch at each.
         graft: "layer": every layer's preconditioned gradient gets the gradient's norm, so the base
             learning rate carries over. "kl": one factor for all, so that sum lr^2 g'Mg <= kl_limit.
