@@ -22,6 +22,7 @@ from torch import Tensor
 
 import llqr_mf as lq
 from llqr_mf.fitting.authors_ekronecker import AuthorsEKronecker
+from llqr_mf.fitting.measure import measure
 from llqr_mf.preconditioners import Layerwise, Structure
 from llqr_mf.preconditioners.baselines import ekfac, jacobi, kfac, scaled_identity, soap
 
@@ -137,12 +138,10 @@ def study(name: str, batch: int, damping: float, draws: int | None, rtol: float)
 
 def multiple(M: Structure | None, problems: list[lq.LQRProblem]) -> float:
     """The best c of c M on some problems."""
-    along = bend = 0.0
-    for problem in problems:
-        g = problem.gradient
-        u = g if M is None else M @ g
-        along, bend = along + float(g @ u), bend + float(u @ (problem.hessian @ u))
-    return along / bend
+    (found,) = measure(
+        [M.times_rows if M is not None else lambda v: v], problems, [None] * len(problems)
+    )
+    return found.multiple
 
 
 def main() -> None:

@@ -38,6 +38,12 @@ class Layout:
         named = zip(self.names, parts, self.shapes, strict=True)
         return {name: part.reshape(shape) for name, part, shape in named}
 
+    def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """The parts of flat rows (k, P) by name, each (k, *shape) (views)."""
+        parts = rows.split(self.sizes, dim=1)
+        named = zip(self.names, parts, self.shapes, strict=True)
+        return {name: part.reshape(len(rows), *shape) for name, part, shape in named}
+
     def flatten(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The flat step (P,) of parts by name."""
         for name, shape in zip(self.names, self.shapes, strict=True):

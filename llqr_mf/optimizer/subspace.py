@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..levenberg_marquardt import LevenbergMarquardt
 from ..operators.apply import apply_rows
-from ..operators.tangent import to_rows
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
 from .weights import GroupTerms
@@ -216,8 +215,7 @@ def _curvature(problem: LQRProblem, rows: Tensor, terms: GroupTerms) -> Tensor:
     if system.curved or not system.state_costs[-1]:
         made = rows @ problem.hessian._rows(narrow).mT.to(rows)
     else:
-        final = system.rollout(narrow).final
-        flat = to_rows(final, system.state_shapes(system.horizon), system.proto, len(rows))
+        flat = system.output_product(narrow)
         made = flat.to(rows) @ apply_rows(problem._state_hessian(problem.horizon), flat).mT.to(rows)
     decay = terms.curvature(rows)
     symmetric = ((made + made.mT) / 2).double()

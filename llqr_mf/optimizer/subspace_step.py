@@ -74,7 +74,7 @@ class SubspaceStep:
         at.write(weights + step)
         measured = None
         if predicted is not None:
-            fall = float(problem.origin.loss_value) - at.value()  # type: ignore[union-attr]
+            fall = float(origin.loss_value) - at.value()
             measured = fall - terms.penalty_change(weights, step), predicted
         # What rounding has left of the step is what the weights have moved by.
         taken = at.weights().to(step) - weights

@@ -94,9 +94,7 @@ class Structure(MatrixFreeOperator):
 
     def split(self, v: Tensor) -> Parts:
         """Rows (k, P) by parameter name (views)."""
-        pieces = v.split(self.layout.sizes, dim=1)
-        named = zip(self.layout.names, pieces, self.layout.shapes, strict=True)
-        return {name: piece.reshape(len(v), *shape) for name, piece, shape in named}
+        return self.layout.split_rows(v)
 
     def join(self, parts: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Rows (k, P) of rows by parameter name."""

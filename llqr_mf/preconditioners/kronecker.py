@@ -206,10 +206,9 @@ class _FactorChart(Chart):
         for site, factor in zip(self.sites, self._held(), strict=True):
             x = times_sides(site.gather(ours), self._other_factors(site))
             y = site.gather(theirs)
-            if factor.ndim == 2:
-                made.append(symmetrised(side_moments(y, x, self.side)))
-            else:
-                made.append((x * y).movedim(self.side + 1, 0).flatten(1).sum(1))
+            full = factor.ndim == 2
+            moments = side_moments(y, x, self.side, full=full)
+            made.append(symmetrised(moments) if full else moments)
         return _flat(made)
 
     def project(self, phi: Tensor, floor: float) -> Tensor:

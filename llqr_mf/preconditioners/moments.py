@@ -14,16 +14,9 @@ from .sites import Site, side_moments
 from .spd import symmetrised
 
 
-def side_moment(x: Tensor, side: int, full: bool) -> Tensor:
-    """Sum of x x' in one side of (k, *sides), (n, n); or its diagonal, (n,)."""
-    if full:
-        return side_moments(x, x, side)
-    return x.square().movedim(side + 1, 0).flatten(1).sum(1)
-
-
 def site_moments(site: Site, x: Tensor) -> list[Tensor]:
     """Sums of x x' in every side of (k, *sides)."""
-    return [side_moment(x, side, full) for side, full in enumerate(site.full)]
+    return [side_moments(x, x, side, full=full) for side, full in enumerate(site.full)]
 
 
 def row_moments(structure: Kronecker | EKronecker, rows: Tensor) -> dict[str, Sequence[Tensor]]:

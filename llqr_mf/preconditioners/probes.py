@@ -56,13 +56,10 @@ def curvature_probes(problem: LQRProblem, count: int, generator: torch.Generator
     factor = required_factor(problem, "curvature probes")
     assert problem.origin is not None
     rows = torch.cat(list(signed_columns(factor, count, generator)))
-    return _pull(problem, rows.reshape(count, *problem.origin.outputs.shape))
+    return _pull(problem, rows)
 
 
 def _pull(problem: LQRProblem, rows: Tensor) -> Tensor:
+    """J' times cotangents of the output, (k, *outputs) to (k, P)."""
     with torch.no_grad():
-        parts = [
-            problem.system.output_product_t((part,), len(part))
-            for part in rows.split(problem._columns)
-        ]
-    return torch.cat(parts)
+        return problem.output_jacobian.times_rows(rows.flatten(1), transposed=True)

@@ -143,7 +143,12 @@ def times_side(x: Tensor, matrix: Tensor, side: int) -> Tensor:
     return (matrix @ flat).reshape(*before, len(matrix), *after)
 
 
-def side_moments(x: Tensor, y: Tensor, side: int) -> Tensor:
-    """Sum over rows and all other sides of x y' in one side; (k, *sides) twice to (n, n)."""
+def side_moments(x: Tensor, y: Tensor, side: int, *, full: bool = True) -> Tensor:
+    """Sum over rows and all other sides of x y' in one side; (k, *sides) twice to (n, n).
+
+    Of that only the diagonal, (n,), where `full` is False.
+    """
+    if not full:
+        return (x * y).movedim(side + 1, 0).flatten(1).sum(1)
     a, b = (t.movedim(side + 1, -1).reshape(-1, t.shape[side + 1]) for t in (x, y))
     return a.mT @ b

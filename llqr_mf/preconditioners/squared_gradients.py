@@ -239,9 +239,8 @@ def probe_parts(
     """Random-sign probes by parameter name, (k, *shape) each, at most `ELEMENTS` at a time."""
     if count < 1:
         raise ValueError(f"probes is {count}: give at least 1.")
-    layout, proto = problem.layout, Blueprint.of(problem).proto
+    proto = Blueprint.of(problem).proto
     step = max(1, ELEMENTS // problem.size)
     for start in range(0, count, step):
         rows = curvature_probes(problem, min(step, count - start), generator).to(proto)
-        named = zip(layout.names, rows.split(layout.sizes, dim=1), layout.shapes, strict=True)
-        yield {name: piece.reshape(len(rows), *shape) for name, piece, shape in named}
+        yield problem.layout.split_rows(rows)

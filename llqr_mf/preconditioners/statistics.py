@@ -16,8 +16,8 @@ from .blueprint import Blueprint
 from .ekronecker import EKronecker
 from .kronecker import Kronecker
 from .matrix_reads import MatrixRead, matrix_reads
-from .moments import normalised, side_moment, trace
-from .sites import Site, sites
+from .moments import normalised, trace
+from .sites import Site, side_moments, sites
 
 Sharing = Literal["expand", "reduce"]
 
@@ -150,14 +150,16 @@ class _Moments:
             a = self.read.inputs(part, self.dtype)
             a = a.mean(1) if self.reduced else a.flatten(0, 1)
             for side, total in enumerate(made):
-                total += side_moment(a.reshape(-1, *sizes), side, total.ndim == 2) / self.samples
+                flat = a.reshape(-1, *sizes)
+                total += side_moments(flat, flat, side, full=total.ndim == 2) / self.samples
         return normalised(made)
 
     def add(self, cotangent: Tensor) -> None:
         """Adds the columns of one pass, (c, *out)."""
         deltas = self.read.deltas(cotangent, self.dtype)
         d = deltas.sum(2) if self.reduced else deltas
-        total = side_moment(d.reshape(-1, d.shape[-1]), 0, self.outputs.ndim == 2)
+        d = d.reshape(-1, d.shape[-1])
+        total = side_moments(d, d, 0, full=self.outputs.ndim == 2)
         share = 1.0 if self.reduced else self.samples / (self.read.rows * self.read.positions)
         self.outputs += share * total
 

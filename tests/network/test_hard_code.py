@@ -6,26 +6,13 @@ from networks import ZOO, as_tuple
 from oracle import (
     dense_hessian_columns,
     dense_jacobian,
-    trainable,
 )
+from split_cases import F64, FIRST, SECOND, normal, size
 from systems import system_of
 from torch import nn
 
 import llqr_mf as lq
 from llqr_mf.network import linearize
-
-F64 = torch.float64
-FIRST = {"rtol": 1e-10, "atol": 1e-11}
-SECOND = {"rtol": 1e-9, "atol": 1e-10}
-every_network = pytest.mark.parametrize("name", ZOO)
-
-
-def normal(*shape, seed=1):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def size(model):
-    return sum(p.numel() for p in trainable(model))
 
 
 def test_later_parameters_and_new_buffers_are_read():

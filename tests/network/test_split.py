@@ -1,8 +1,4 @@
-"""`split` and the stages of every network of the zoo, against dense derivatives.
-
-Tolerances: products run through at most some twenty layers of numbers of size one in float64, and
-norms of four entries amplify by up to a thousand in second order.
-"""
+"""`split` and the stages of every network of the zoo, against dense derivatives."""
 
 import copy
 
@@ -15,24 +11,11 @@ from oracle import (
     finite_difference_hessian,
     finite_difference_jacobian,
     forward,
-    trainable,
 )
+from split_cases import FIRST, SECOND, every_network, normal, size
 from systems import system_of
 
 import llqr_mf as lq
-
-F64 = torch.float64
-FIRST = {"rtol": 1e-10, "atol": 1e-11}
-SECOND = {"rtol": 1e-9, "atol": 1e-10}
-every_network = pytest.mark.parametrize("name", ZOO)
-
-
-def normal(*shape, seed=1):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def size(model):
-    return sum(p.numel() for p in trainable(model))
 
 
 @every_network
