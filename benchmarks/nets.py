@@ -2,19 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from harness import Work
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 Case = tuple[nn.Module, Tensor, Tensor]
 
+TILE = 4_194_301
+"""Random numbers that weights repeat where drawing all would take minutes: a prime, so that rows of
+a matrix, of another length, start at different places of it."""
 
-def mlp(width: int, depth: int = 4, batch: int = 128) -> Case:
-    """`depth` hidden tanh layers of one width, 10 classes."""
+
+def mlp(
+    width: int,
+    depth: int = 4,
+    batch: int = 128,
+    classes: int = 10,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    tiled: bool = False,
+) -> Case:
+    """`depth` hidden tanh layers of one width; weights as `nn.Linear` draws them.
+
+    They are made where they stay, without a copy. `tiled` repeats 4 M random numbers.
+    """
+    tile = torch.empty(TILE, dtype=dtype, device=device).uniform_(-1, 1) if tiled else None
+
+    def linear(inside: int, outside: int) -> nn.Linear:
+        layer = skip_init(nn.Linear, inside, outside, dtype=dtype, device=device)
+        with torch.no_grad():
+            for p in layer.parameters():
+                if tile is None:
+                    p.uniform_(-(inside**-0.5), inside**-0.5)
+                else:
+                    _repeat(p.view(-1), tile * inside**-0.5)
+        return layer
+
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(width, width), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.Linear(width, 10))
-    return model, torch.randn(batch, width), torch.randint(0, 10, (batch,))
+        layers += [linear(width, width), nn.Tanh()]
+    model = nn.Sequential(*layers, linear(width, classes))
+    x = torch.randn(batch, width, device=device).to(dtype)
+    return model, x, torch.randint(0, classes, (batch,), device=device)
+
+
+def _repeat(flat: Tensor, tile: Tensor) -> None:
+    whole = len(flat) // len(tile) * len(tile)
+    flat[:whole].view(-1, len(tile)).copy_(tile)
+    flat[whole:].copy_(tile[: len(flat) - whole])
+
+
+def size_of(model: nn.Module) -> int:
+    """How many weights."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def mlp_size(width: int, depth: int = 4, classes: int = 10) -> int:
+    """How many weights `mlp` has, without making it."""
+    return depth * (width + 1) * width + (width + 1) * classes
+
+
+def activation_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the batch and of what every module without children returns for it."""
+    total = x.nbytes
+    hooks = []
+
+    def count(module: nn.Module, given: object, output: Tensor) -> None:
+        nonlocal total
+        total += output.nbytes
+
+    for module in model.modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(count))
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def gemms(model: nn.Module, batch: int, count: Callable[[bool], int]) -> Work:
+    """So many matrix products per Linear layer, `count(first)`, of the batch with its weight."""
+    total = Work(0, 0)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for i, layer in enumerate(linears):
+        a, b = layer.in_features, layer.out_features
+        moved = layer.weight.element_size() * (a * b + batch * a + batch * b)
+        total += Work(2 * batch * a * b, moved) * count(i == 0)
+    return total
+
+
+def gradient_work(model: nn.Module, batch: int) -> Work:
+    """Of a gradient with its forward pass: three products a layer, two in the first."""
+    return gemms(model, batch, lambda first: 2 if first else 3)
+
+
+def product_work(model: nn.Module, batch: int) -> Work:
+    """Of a curvature product along a linearisation: four products a layer, two in the first."""
+    return gemms(model, batch, lambda first: 2 if first else 4)
+
+
+def dual_work(model: nn.Module, batch: int, classes: int) -> Work:
+    """Of an exact step in closed form, without a residual.
+
+    Per layer a product forward and one for the step, per class one backward (none into the first
+    layer), the symmetric halves of X X' and of G G', and a Cholesky factor of size N C.
+    """
+    total = gemms(model, batch, lambda first: 2)
+    total += gemms(model, batch * classes, lambda first: 0 if first else 1)
+    rows = batch * classes
+    for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        flops = batch**2 * layer.in_features + rows**2 * layer.out_features
+        size = layer.weight.element_size()
+        total += Work(flops, size * (batch * layer.in_features + rows * layer.out_features))
+    return total + Work(rows**3 / 3, 8 * rows**2)
 
 
 class Block(nn.Module):

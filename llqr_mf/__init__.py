@@ -1,6 +1,7 @@
 """Matrix-free Layerwise LQR: exact curvature steps of deep nets, without a matrix."""
 
 from . import losses, metrics, operators, optimizer, preconditioners, probe, solvers
+from .apply_step import apply_step_
 from .fitting import FitReport, fit
 from .levenberg_marquardt import LevenbergMarquardt
 from .network import Layer, split
@@ -25,6 +26,7 @@ __all__ = [
     "Scalar",
     "Solution",
     "StreamedProblem",
+    "apply_step_",
     "fit",
     "losses",
     "metrics",

@@ -36,6 +36,7 @@ def network_problem(
     damping: Any,
     columns: int | None,
     check: bool,
+    checkpoint: bool,
 ) -> LQRProblem:
     """Builds the problem; see `LQRProblem.from_network`."""
     if columns is not None and columns < 1:
@@ -44,7 +45,15 @@ def network_problem(
     check_layers(layers)
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
     check_batch(layers[0].program, batch, targets)
-    linearization = linearize(layers, batch, second_order=the_metric.may_curve)
+    if checkpoint and the_metric.may_curve:
+        raise ValueError(
+            "checkpoint=True goes with Gauss-Newton and Fisher metrics only: the second "
+            "derivatives of this one hold every activation. Leave it out, or use a "
+            "StreamedProblem of smaller batches."
+        )
+    linearization = linearize(
+        layers, batch, second_order=the_metric.may_curve, checkpoint=checkpoint
+    )
     outputs = linearization.outputs
     check_finite(layers[0].program.model, outputs)
     the_loss.check(outputs, targets)

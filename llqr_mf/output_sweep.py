@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .network.linearize import BoundNode
+from .network.linearize import BoundNode, Forgotten
 from .operators.output_curvature import OutputCurvature
 from .operators.tangent import add
 from .problem import LQRProblem
@@ -38,8 +38,14 @@ class Read:
 
 
 def calls(problem: LQRProblem) -> Iterator[BoundNode]:
-    """The linearised calls of a network's problem, first to last."""
+    """The linearised calls of a network's problem, first to last.
+
+    Raises:
+        ValueError: The problem was made with checkpoints, and keeps none of them.
+    """
     assert problem.origin is not None
+    if problem.origin.linearization.remakes:
+        raise Forgotten.error()
     return (bound for nodes in problem.origin.linearization.layers for bound in nodes)
 
 
@@ -193,6 +199,32 @@ def pull_back(
             total = add(sums.get(i), piece)
             if total is not None:
                 sums[i] = total
+
+
+def add_controls(
+    problem: LQRProblem, costate: Tensor, targets: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """Adds scale_i * (J' p)_i to the i-th target, in place: nothing of the controls' size is made.
+
+    Args:
+        problem: From a network.
+        costate: p, a row (1, n_T).
+        targets: One tensor per parameter, in their shapes; may be the parameters themselves.
+        scales: A factor for each.
+
+    Raises:
+        ValueError: A cotangent is not finite. No target has been changed by then.
+    """
+    assert problem.origin is not None
+    # All cotangents first: a weight that has moved would pull back another costate.
+    pulled = list(pull_back(problem, costate.reshape(1, *problem.origin.outputs.shape)))
+    for _, cotangents in pulled:
+        if not all(c is None or bool(torch.isfinite(c).all()) for c in cotangents):
+            raise ValueError("the step has entries that are NaN or infinite: it was not applied.")
+    for bound, cotangents in pulled:
+        for index, i in enumerate(bound.inputs):
+            if i < len(targets):
+                bound.node.add_pulled(cotangents, index, targets[i], scales[i])
 
 
 # ---- samples

@@ -14,6 +14,7 @@ from torch import Tensor
 from .layout import Layout
 from .operators import (
     CondensedHessianOperator,
+    ControlCost,
     ControlCostOperator,
     ControlHessianOperator,
     ControlOperator,
@@ -22,6 +23,7 @@ from .operators import (
     OutputJacobianOperator,
     StateHessianOperator,
     System,
+    TangentKernelOperator,
     TransitionOperator,
     ValueOperator,
     ZeroOperator,
@@ -95,6 +97,7 @@ class LQRProblem:
         damping: Any = 1e-3,
         columns: int | None = None,
         check: bool = True,
+        checkpoint: bool = False,
     ) -> LQRProblem:
         """The problem whose solution is the steepest-descent step of a network's loss.
 
@@ -117,6 +120,9 @@ class LQRProblem:
                 activations. None: as many as pay (`System.columns_per_pass`).
             check: Whether the model is run once more, to see that it is deterministic and that
                 the layers compute what it does.
+            checkpoint: Whether only what enters each layer is kept, and a layer is linearised
+                again for every sweep through it: memory for one layer's activations, and half a
+                product's time more. For cg, minres and low_rank.
 
         Raises:
             ValueError: Something about the batch, the model or an option is wrong; the message
@@ -132,6 +138,7 @@ class LQRProblem:
             damping=damping,
             columns=columns,
             check=check,
+            checkpoint=checkpoint,
         )
 
     def _assemble(
@@ -171,6 +178,11 @@ class LQRProblem:
     def size(self) -> int:
         """P, the length of a flat step."""
         return self.system.control_size
+
+    @property
+    def control_cost(self) -> ControlCost:
+        """R of all controls; `R` has it layer by layer."""
+        return self.system.control_cost
 
     @cached_property
     def layout(self) -> Layout:
@@ -259,6 +271,11 @@ class LQRProblem:
             for f, stage in zip(given, self.system.stages, strict=True)
         )
 
+    @cached_property
+    def output_gradient(self) -> Tensor:
+        """q_T as a row (1, n_T): for a network, the gradient of the mean loss at the outputs."""
+        return self._flat_state(self._linear[-1], self.horizon).unsqueeze(0)
+
     @property
     def x0(self) -> Tensor:
         """The first state, flat."""
@@ -277,6 +294,11 @@ class LQRProblem:
     def output_jacobian(self) -> OutputJacobianOperator:
         """J, the derivative of the last state in the flat control; shape (n_T, P)."""
         return OutputJacobianOperator(self.system.proto, system=self.system, columns=self._columns)
+
+    @cached_property
+    def tangent_kernel(self) -> TangentKernelOperator:
+        """K = J R^{-1} J', the tangent kernel of the outputs; shape (n_T, n_T). Needs R > 0."""
+        return TangentKernelOperator(self.system.proto, system=self.system, columns=self._columns)
 
     def value(
         self, t: int, *, rtol: float | None = None, max_iterations: int | None = None

@@ -15,7 +15,8 @@ class Solution:
     """A step, how it was found and how good it is.
 
     Args:
-        step: u, flat (P,), or (P, k) for several right-hand sides.
+        formed: u, flat (P,), or (P, k) for several right-hand sides; None if it was to be left
+            unformed. Read it as `step`.
         iterations: CG iterations, 0 for a direct method.
         residual_norm: True relative residual |H u + g| / |g| at exit, the worst column's.
         status: How it ended, with a message; `status.ok` where the step is what was asked for.
@@ -25,9 +26,11 @@ class Solution:
         values: P_t, t = 0..T, where the method finds them (riccati, low_rank).
         gains: K_t, t = 0..T-1, likewise.
         direction: A direction of negative curvature, where asked for and met.
+        costate: p_T, flat (n_T,), where the dual found it: u = -R^{-1} J' p_T (plus what momentum
+            carried on).
     """
 
-    step: Tensor
+    formed: Tensor | None
     iterations: int
     residual_norm: float
     status: Status
@@ -37,3 +40,18 @@ class Solution:
     values: tuple[LinearOperator, ...] | None = None
     gains: tuple[LinearOperator, ...] | None = None
     direction: Tensor | None = None
+    costate: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """U, flat (P,), or (P, k) for several right-hand sides.
+
+        Raises:
+            ValueError: The step was left unformed.
+        """
+        if self.formed is None:
+            raise ValueError(
+                "this step was left unformed (form_step=False): add it to the weights with "
+                "lq.apply_step_(problem, solution)."
+            )
+        return self.formed

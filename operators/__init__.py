@@ -1,21 +1,25 @@
 """Lazy operators of the layered linear-quadratic problem. They know torch only."""
 
 from .base import MatrixFreeOperator, SubmatrixOperator, TransposedOperator, ZeroOperator
+from .compiled import CompiledOperator, compiled
 from .condensed_hessian import CondensedHessianOperator
 from .control import ControlOperator
 from .control_cost import ControlCost
 from .control_hessian import ControlCostOperator, ControlHessianOperator
 from .cross_hessian import CrossHessianOperator
 from .gain import GainOperator
+from .graphed import GraphedOperator, graphed
 from .output_jacobian import OutputJacobianOperator
 from .scipy_bridge import to_scipy
 from .stage import OperatorStage, Stage, StateCost
 from .state_hessian import StateHessianOperator
 from .system import System, Trajectory
+from .tangent_kernel import TangentKernelOperator
 from .transition import TransitionOperator
 from .value import ValueOperator
 
 __all__ = [
+    "CompiledOperator",
     "CondensedHessianOperator",
     "ControlCost",
     "ControlCostOperator",
@@ -23,6 +27,7 @@ __all__ = [
     "ControlOperator",
     "CrossHessianOperator",
     "GainOperator",
+    "GraphedOperator",
     "MatrixFreeOperator",
     "OperatorStage",
     "OutputJacobianOperator",
@@ -31,10 +36,13 @@ __all__ = [
     "StateHessianOperator",
     "SubmatrixOperator",
     "System",
+    "TangentKernelOperator",
     "Trajectory",
     "TransitionOperator",
     "TransposedOperator",
     "ValueOperator",
     "ZeroOperator",
+    "compiled",
+    "graphed",
     "to_scipy",
 ]

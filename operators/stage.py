@@ -9,6 +9,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from .apply import apply_rows, apply_rows_t
+from .control_cost import ControlCost
 from .tangent import Shape, Tangent, add, from_rows, to_rows
 
 
@@ -56,6 +57,26 @@ class Stage(Protocol):
             need_control: Whether the second result is wanted.
             out: Buffers that the second result is written to, one per control, overwritten.
         """
+
+    def costate(
+        self, costate: Tangent, inverse: ControlCost, *, need_state: bool
+    ) -> tuple[Tangent, Any]:
+        """A' p, and a record from which `respond` can take B' p with the same `inverse`."""
+
+    def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
+        """A x + B R^{-1} B' p, p being that of the record and `inverse` being R^{-1}."""
+
+
+def respond_by_controls(
+    stage: Stage, x: Tangent, costate: Tangent, inverse: ControlCost
+) -> Tangent:
+    """A x + B R^{-1} B' p through the controls of the whole stage."""
+    _, controls = stage.backward(costate, None, need_state=False)
+    some = next((part for part in controls if part is not None), None)
+    if some is None:
+        return stage.forward(x, tuple(None for _ in controls))[0]
+    rows = inverse.product(to_rows(controls, stage.controls, some, len(some)))
+    return stage.forward(x, from_rows(rows, stage.controls))[0]
 
 
 class OperatorStage:
@@ -119,6 +140,16 @@ class OperatorStage:
         if out is not None:
             out[0].zero_() if control is None else out[0].copy_(control)
         return (state,), (control,)
+
+    def costate(
+        self, costate: Tangent, inverse: ControlCost, *, need_state: bool
+    ) -> tuple[Tangent, Any]:
+        """A' p, and p."""
+        return self.backward(costate, None, need_state=need_state, need_control=False)[0], costate
+
+    def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
+        """A x + B R^{-1} B' p."""
+        return respond_by_controls(self, x, record, inverse)
 
 
 class StateCost:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .control_cost import ControlCost
@@ -78,6 +79,11 @@ class System:
     def control_size(self) -> int:
         """P, the length of the flat control."""
         return sum(self.sizes)
+
+    @property
+    def output_size(self) -> int:
+        """n_T, the length of the last state."""
+        return size_of(self.state_shapes(self.horizon))
 
     def state_shapes(self, t: int) -> tuple[Shape, ...]:
         """Shapes of the components of x_t, t = 0..T."""
@@ -199,12 +205,31 @@ class System:
             out: A buffer for the result. A fresh one of the parameters' size costs as much time
                 in page faults as a GEMM, so whoever multiplies often should give one.
         """
-        trajectory = self.rollout(u)
-        zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))
+        if torch.compiler.is_compiling():
+            product = self.traceable_product(u)
+            return product if out is None else out.copy_(product)
         in_place = is_plain(u)
         if out is None and in_place:
             out = fresh_rows(u, *u.shape)
-        _, product = self.adjoint(zero, trajectory, out=out)
+        return self._condensed(u, out, in_place=in_place)
+
+    def traceable_product(self, u: Tensor) -> Tensor:
+        """`condensed_product` that writes into no buffers: torch.compile takes no strided ones."""
+        return self._condensed(u, None, in_place=False)
+
+    def check(self) -> None:
+        """Raises if a stage's weights or batch are no longer what was linearised.
+
+        Every product does this for itself, but for one that runs as a compiled or captured graph.
+        """
+        for stage in self.stages:
+            check = getattr(stage, "check", None)
+            if check is not None:
+                check()
+
+    def _condensed(self, u: Tensor, out: Tensor | None, *, in_place: bool) -> Tensor:
+        zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))
+        _, product = self.adjoint(zero, self.rollout(u), out=out)
         assert product is not None
         return self.control_cost.add_product(u, product, in_place=in_place)
 

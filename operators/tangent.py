@@ -53,9 +53,10 @@ def add_tangents(a: Tangent, b: Tangent) -> Tangent:
 
 
 def is_plain(rows: Tensor) -> bool:
-    """Whether writing products of `rows` into buffers is safe: no autograd, no torch.func."""
+    """Whether products of `rows` may be written into buffers: no autograd, func or tracing."""
     return not (
-        (torch.is_grad_enabled() and rows.requires_grad)
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and rows.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(rows)
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .dots import row_dots, row_norms
+from .dots import cross_dots, row_dots, update_rows
 from .krylov import (
     RUNNING,
     Ends,
     KrylovResult,
-    RowProduct,
     System,
     default_iterations,
     first_event,
@@ -23,6 +22,7 @@ from .krylov import (
     show_progress,
     solve_to_true_residual,
 )
+from .product import RowProduct
 from .status import MESSAGES, Code, worst_status
 
 OnNegativeCurvature = Literal["truncate", "direction", "raise"]
@@ -89,6 +89,7 @@ def cg(
     on_negative_curvature: OnNegativeCurvature = "truncate",
     recurrence_dtype: torch.dtype | None = None,
     flexible: bool = False,
+    vector_device: torch.device | str | None = None,
     progress: bool = False,
 ) -> CGResult:
     """Solves A x = b, minimising 1/2 x'Ax - b'x, for a symmetric A.
@@ -100,6 +101,9 @@ def cg(
 
     Products: the iterations, one for `initial`, and one for each run (restarts are rare).
     The device is read once per iteration.
+
+    Memory: x, the residual r, the direction p and the product A p, besides b; one more for a
+    preconditioner, and for products in another dtype up to two more in that one.
 
     Curvature that is not positive beyond the rounding of the products, p'Ap <= eps |A| |p|^2 with
     |A| the largest |Ap|/|p| met, is never divided by. The column keeps its current iterate. At
@@ -124,6 +128,9 @@ def cg(
         recurrence_dtype: None takes float64 for blocks of at most 2^24 numbers, else b's dtype,
             and float32 at least.
         flexible: Polak-Ribiere beta, for a preconditioner that changes or is itself inexact.
+        vector_device: Where the vectors live, say "cpu" if an accelerator that multiplies has no
+            room for them; None is b's device. That device then holds b and two more vectors. The
+            answer is on b's device.
         progress: Show a progress bar.
 
     Returns:
@@ -152,6 +159,7 @@ def cg(
         rtol=rtol,
         atol=atol,
         recurrence_dtype=recurrence_dtype,
+        vector_device=vector_device,
     )
     if max_iterations is None:
         max_iterations = default_iterations(len(b))
@@ -166,12 +174,12 @@ def cg(
             bar=bar,
         )
         x, codes, norm, iterations = solve_to_true_residual(system, x, r, run, max_iterations)
-    relative = system.relative(norm)
+    relative = system.relative(norm).to(b.device)
     direction, curvature = run.direction, run.curvature
     if direction is not None:
         direction = system.columns_of(direction)
-    if curvature is not None and system.is_vector:
-        curvature = curvature.squeeze(0)
+    if curvature is not None:
+        curvature = (curvature.squeeze(0) if system.is_vector else curvature).to(b.device)
     return CGResult(
         x=system.columns_of(x),
         iterations=iterations,
@@ -181,7 +189,7 @@ def cg(
         products=system.multiply.count,
         direction=direction,
         curvature=curvature,
-        coefficients=None if flexible else run.coefficients(),
+        coefficients=None if flexible else run.coefficients().to(b.device),
     )
 
 
@@ -216,14 +224,18 @@ class _ConjugateGradients:
         ended: Ends = {}
         z = system.apply_preconditioner(r)
         rz = row_dots(r, z)
-        p.copy_(z).masked_fill_(~(running & (rz > 0)).unsqueeze(-1), 0)
+        p.copy_(z)
+        if len(todo) < len(x):
+            p.masked_fill_(~running.unsqueeze(-1), 0)
+        del z
+        pp = row_dots(p, p)
         if ball is not None:
             ball.enter(x, r, rz)
         iteration = 0
         while iteration < budget:
             iteration += 1
-            q = system.multiply(p)
-            pp, pq, qq = row_dots(p, p), row_dots(p, q), row_dots(q, q)
+            q = system.multiply(p, pp)
+            pq, qq = cross_dots(p, q)
             positive = pq > self.eps * system.see_norm((qq / pp).sqrt()) * pp
             size = (pp * qq).sqrt()
             alpha = torch.where(positive, rz / pq, self._length_uphill(rz, size))
@@ -232,10 +244,9 @@ class _ConjugateGradients:
                 alpha, crosses = ball.advance(alpha, positive)
             finite = (size + pq + rz).isfinite()
             usable = running & finite & (rz > 0)
-            step = per_row(torch.where(usable, alpha, 0.0), x)
-            x.addcmul_(p, step)
-            r.addcmul_(q, step, value=-1)
-            r_norm = row_norms(r)
+            step = torch.where(usable, alpha, 0.0)
+            rr = update_rows(r, q, step=-step)
+            r_norm = rr.sqrt()
             self._record(0, torch.where(usable, pq / rz, torch.nan))
 
             outcome = first_event(
@@ -257,24 +268,30 @@ class _ConjugateGradients:
             for j, code in news.items():
                 if code in (Code.TRUST_REGION, Code.NEGATIVE_CURVATURE) and not bends_up[j]:
                     self._meet_negative_curvature(j, pp[j], pq[j])
+                if code in (Code.NOT_FINITE, Code.INDEFINITE):
+                    # The step is zero, but p may be NaN.
+                    p[j].zero_()
+                r[j].zero_()
+            x.addcmul_(p, per_row(step, x))
             if news:
                 ended.update(news)
                 running = running & (outcome == RUNNING)
-                r.masked_fill_(~running.unsqueeze(-1), 0)
                 if len(ended) == len(todo):
                     break
 
             z = system.apply_preconditioner(r)
-            rz_old, rz = rz, row_dots(r, z)
+            rz_old, rz = rz, rr if z is r else row_dots(r, z)
             # Polak-Ribiere's (r - r_old)'z / r_old'z_old, as r - r_old = -alpha q.
             beta = -row_dots(q, z) / pq if self.flexible else rz / rz_old
             beta = torch.where(running, beta, 0.0)
-            p.mul_(per_row(beta, p)).add_(z)
-            if system.precondition is not None or len(ended) + len(x) > len(todo):
-                p.masked_fill_(~(running & (rz > 0)).unsqueeze(-1), 0)
+            pp = update_rows(p, z, decay=beta)
+            if len(ended) or len(todo) < len(x):
+                p.masked_fill_(~running.unsqueeze(-1), 0)
             if ball is not None:
                 ball.turn(beta, rz)
             self._record(1, beta)
+            # A callable makes the next of them before it would let go of these.
+            del q, z
         self.recording = False
         return ended, iteration
 

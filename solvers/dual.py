@@ -13,6 +13,7 @@ from ..operators.system import System
 from ..operators.tangent import from_rows
 from .cg import CGResult, cg
 from .dots import row_norms
+from .product import RowProduct
 from .status import Code, Status
 
 GRAM_PASS = 32
@@ -66,9 +67,16 @@ class Dual:
         system: Terminal cost only.
         factor: L.
         gram: G, shape (r N, r N) with index j N + n, or None.
+        preconditioner: Without a Gram matrix: rows (k, r N) to rows, about (I + G)^{-1}.
     """
 
-    def __init__(self, system: System, factor: Factor, gram: Tensor | None) -> None:
+    def __init__(
+        self,
+        system: System,
+        factor: Factor,
+        gram: Tensor | None,
+        preconditioner: RowProduct | None = None,
+    ) -> None:
         if system.curved:
             raise ValueError(
                 "the dual solve needs a terminal cost alone: this problem has costs on other "
@@ -77,7 +85,8 @@ class Dual:
         assert factor.rank is not None
         self.system, self.factor = system, factor
         self.shape = (factor.rank, factor.samples)
-        self._cholesky = None if gram is None else _safe_cholesky(gram)
+        self._cholesky = None if gram is None else safe_cholesky(gram)
+        self._approximate = preconditioner if gram is None else self._precondition
 
     def solve(
         self, b: Tensor, *, rtol: float, max_iterations: int | None, progress: bool = False
@@ -131,6 +140,12 @@ class Dual:
             message = f"Exact dual solve, {iterations} CG iterations in the output space."
         return DualResult(u, iterations, residual, products, Status(code, message))
 
+    def precondition_rows(self, v: Tensor) -> Tensor:
+        """H^{-1} v by the Gram matrix, as exact as that is; rows (k, P)."""
+        start = self.system.control_cost.inverse_product(v)
+        y = self._precondition(self._observe(start))
+        return start.sub_(self._spread(y))
+
     def _observe(self, u: Tensor) -> Tensor:
         """L'J u as float64 rows (k, r N)."""
         flat = self.system.output_product(u)
@@ -144,7 +159,7 @@ class Dual:
         inner = cg(
             self._matrix,
             self._observe(start).mT,
-            preconditioner=None if self._cholesky is None else self._precondition,
+            preconditioner=self._approximate,
             rtol=rtol,
             max_iterations=max_iterations,
             recurrence_dtype=torch.float64,
@@ -178,7 +193,7 @@ def gram_by_products(system: System, factor: Factor) -> Tensor:
     return (gram + gram.mT) / 2
 
 
-def _safe_cholesky(gram: Tensor) -> Tensor:
+def safe_cholesky(gram: Tensor) -> Tensor:
     """Cholesky factor of I + G in float64, with G's rounding-made negative part taken off."""
     matrix = gram.double().clone()
     matrix.diagonal().add_(1)

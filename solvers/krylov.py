@@ -1,4 +1,4 @@
-"""What the Krylov solvers share: blocks of columns, mixed precision, the true residual."""
+"""What the Krylov solvers share: blocks of columns and the true residual."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from linear_operator import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
-from ..operators.apply import apply_rows
-from ..operators.base import MatrixFreeOperator
 from .dots import row_norms
+from .product import Product, Vectors
+from .product import RowProduct as RowProduct
 from .status import SEVERITY, Code, Status
-
-RowProduct: TypeAlias = LinearOperator | Callable[[Tensor], Tensor]
-"""An operator, or a function of rows: shape (k, n) to (k, n)."""
 
 FLOAT64_VECTORS = 2**24
 """Block size n * k up to which the recurrences run in float64 unless told otherwise."""
@@ -56,54 +53,6 @@ def default_iterations(n: int) -> int:
     return min(2 * n + 50, 1000)
 
 
-class Product:
-    """A product in its own dtype, seen from vectors of another.
-
-    When the dtypes differ, each row is scaled by a power of two to a norm in [1/2, 1) before it is
-    rounded, so that a small residual does not vanish in a narrow dtype.
-
-    Args:
-        operator: An operator or a function of rows.
-        dtype: The dtype of its products.
-        like: A block of vectors; shape (k, n).
-    """
-
-    def __init__(self, operator: RowProduct, dtype: torch.dtype, like: Tensor) -> None:
-        self.operator, self.count = operator, 0
-        self.mixed = dtype != like.dtype
-        self.buffer: Tensor | None = None
-        if isinstance(operator, MatrixFreeOperator):
-            self.buffer = torch.empty_like(like, dtype=dtype)
-        if self.mixed:
-            self.narrow = torch.empty_like(like, dtype=dtype)
-            self.wide = torch.empty_like(like)
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """Product with rows; shape (k, n) to (k, n). The next call may overwrite the result."""
-        if not self.mixed:
-            return self._product(v)
-        norm = row_norms(v)
-        scale = torch.where(norm > 0, torch.frexp(norm).mantissa / norm, 1.0)
-        scale = scale.to(v.dtype).unsqueeze(-1)
-        self.narrow.copy_(torch.mul(v, scale, out=self.wide))
-        return self.wide.copy_(self._product(self.narrow)).div_(scale)
-
-    def _product(self, v: Tensor) -> Tensor:
-        self.count += 1
-        if isinstance(self.operator, MatrixFreeOperator) and self.buffer is not None:
-            return self.operator._rows_into(v, self.buffer)
-        if isinstance(self.operator, LinearOperator):
-            out: Tensor = apply_rows(self.operator, v)
-            return out
-        out = self.operator(v)
-        if out.shape != v.shape:
-            raise ValueError(
-                f"the callable turned rows of shape {tuple(v.shape)} into {tuple(out.shape)}: it "
-                "must map (k, n) to (k, n), one vector per row."
-            )
-        return out
-
-
 class System:
     """A x = b for k columns at once, kept as rows.
 
@@ -115,6 +64,7 @@ class System:
         atol: Absolute tolerance.
         recurrence_dtype: Dtype of the vectors; None takes float64 for a block of at most
             `FLOAT64_VECTORS` numbers, else b's dtype, and float32 at least.
+        vector_device: Where the vectors live; None is b's device. Products stay on b's.
 
     Raises:
         ValueError: An argument has the wrong shape, dtype or range, or b is not finite.
@@ -129,6 +79,7 @@ class System:
         rtol: float,
         atol: float,
         recurrence_dtype: torch.dtype | None,
+        vector_device: torch.device | str | None = None,
     ) -> None:
         if b.ndim not in (1, 2):
             raise ValueError(f"b has shape {tuple(b.shape)}: give (n,) or columns (n, k).")
@@ -136,37 +87,53 @@ class System:
             raise ValueError(f"tolerances cannot be negative: rtol={rtol}, atol={atol}.")
         _check_fit("operator", operator, b)
         self.is_vector = b.ndim == 1
-        self.b = self.rows_of(b)
-        self.dtype = b.dtype
-        self.vector_dtype = recurrence_dtype or _default_dtype(b)
-        like = torch.empty_like(self.b, dtype=self.vector_dtype)
-        self.multiply = Product(operator, self.dtype, like)
+        self.dtype, self.device = b.dtype, b.device
+        device = b.device if vector_device is None else _device(vector_device)
+        self.b = self.rows_of(b, device)
+        k, n = self.b.shape
+        pinned = device.type == "cpu" and b.device.type == "cuda"
+        self.vectors = Vectors((k, n), recurrence_dtype or _default_dtype(b), device, pinned)
+        self.multiply = Product(operator, self.dtype, b.device, self.vectors)
         self.precondition: Product | None = None
         if preconditioner is not None:
             its_dtype = _check_fit("preconditioner", preconditioner, b)
-            self.precondition = Product(preconditioner, its_dtype, like)
-        self.b_norm = row_norms(self.b)
+            self.precondition = Product(
+                preconditioner, its_dtype, b.device, self.vectors, self.multiply
+            )
+        self.b_norm = row_norms(self.b).to(device)
         if not bool(self.b_norm.isfinite().all()):
             raise ValueError("b holds NaN or infinity: look at the gradient it came from.")
         self.norm_seen = torch.zeros_like(self.b_norm)
         self.tolerance = (rtol * self.b_norm).clamp_(min=atol)
 
-    def rows_of(self, columns: Tensor) -> Tensor:
-        """The rows of a tensor with b's layout; shape (n,) or (n, k) to (k, n)."""
-        return columns.reshape(1, -1) if columns.ndim == 1 else columns.mT.contiguous()
+    def rows_of(self, columns: Tensor, device: torch.device) -> Tensor:
+        """The rows of a tensor with b's layout; shape (n,) or (n, k) to (k, n).
+
+        Those of a single column are a view, where it is; more are copied to the device.
+        """
+        if columns.ndim == 1:
+            return columns.reshape(1, -1)
+        return columns.mT.to(device).contiguous()
 
     def columns_of(self, rows: Tensor) -> Tensor:
-        """Rows in b's layout; shape (k, n) to (n,) or (n, k)."""
+        """Rows in b's layout and on its device; shape (k, n) to (n,) or (n, k)."""
+        rows = rows.to(self.device)
         return rows.squeeze(0) if self.is_vector else rows.mT
 
     def zeros(self) -> Tensor:
         """A block of vectors; shape (k, n)."""
-        return torch.zeros_like(self.b, dtype=self.vector_dtype)
+        return self.vectors.empty().zero_()
+
+    def release(self) -> None:
+        """Lets go of what the products hold, once the last of them is made."""
+        self.multiply.release()
+        if self.precondition is not None:
+            self.precondition.release()
 
     def mask(self, columns: list[int]) -> Tensor:
         """Which columns are in a list; shape (k,), bool."""
         chosen = [j in columns for j in range(len(self.b))]
-        return torch.tensor(chosen, dtype=torch.bool, device=self.b.device)
+        return torch.tensor(chosen, dtype=torch.bool, device=self.vectors.device)
 
     def see_norm(self, growth: Tensor) -> Tensor:
         """The largest |A p| / |p| met so far, a lower bound of |A|; shape (k,)."""
@@ -185,13 +152,13 @@ class System:
         """The first iterate and its residual; a zero column starts, and stays, at zero."""
         x = self.zeros()
         if initial is None:
-            return x, x.clone().copy_(self.b)
+            return x, self.vectors.empty().copy_(self.b)
         shape = (self.b.shape[1],) if self.is_vector else (self.b.shape[1], self.b.shape[0])
         if initial.shape != shape or not bool(initial.isfinite().all()):
             raise ValueError(f"initial must be finite and of b's shape {shape}.")
-        x.copy_(self.rows_of(initial).to(self.dtype))
+        x.copy_(self.rows_of(initial, self.vectors.device).to(self.dtype))
         x.masked_fill_((self.b_norm == 0).unsqueeze(-1), 0)
-        return x, self.residual(x, out=torch.empty_like(x))
+        return x, self.residual(x, out=self.vectors.empty())
 
     def relative(self, norm: Tensor) -> Tensor:
         """Residual norms over |b|; a column where both are zero has 0."""
@@ -223,7 +190,7 @@ def solve_to_true_residual(
         of iterations.
     """
     norm = row_norms(r)
-    kept = x.to(system.dtype)
+    kept: Tensor | None = None
     codes = [Code.CONVERGED] * len(x)
     todo = [j for j, small in enumerate((norm <= system.tolerance).tolist()) if not small]
     iterations, restarts = 0, -1
@@ -231,11 +198,15 @@ def solve_to_true_residual(
         ended, took = run(x, r, todo, max_iterations - iterations)
         iterations, restarts = iterations + took, restarts + 1
         previous, norm = norm, row_norms(system.residual(x, out=r))
-        # A restart that made its column worse is undone; a step to the boundary is an answer.
-        undoable = [j for j in todo if restarts and ended.get(j) is not Code.TRUST_REGION]
-        undo = system.mask(undoable) & (norm > previous)
-        kept = torch.where(undo.unsqueeze(-1), kept, x.to(system.dtype))
-        norm = torch.where(undo, previous, norm)
+        if kept is None:
+            # Where the dtypes agree this is x itself.
+            kept = x.to(system.dtype)
+        else:
+            # A restart that made its column worse is undone; a step to the boundary is an answer.
+            undoable = [j for j in todo if ended.get(j) is not Code.TRUST_REGION]
+            undo = system.mask(undoable) & (norm > previous)
+            kept = torch.where(undo.unsqueeze(-1), kept, x.to(system.dtype))
+            norm = torch.where(undo, previous, norm)
         # Rounding x and the product make an error of this size, which no restart gets rid of. The
         # 4 is for |A|: of A with a log-uniform spectrum a third is seen.
         floor = 4 * torch.finfo(system.dtype).eps * system.norm_seen * row_norms(kept)
@@ -259,7 +230,11 @@ def solve_to_true_residual(
                 if hopeful[j] and restarts < MAX_RESTARTS:
                     again.append(j)
         todo = again
-        x.copy_(kept)
+        if todo:
+            x.copy_(kept)
+            kept = kept.clone() if kept is x else kept
+    system.release()
+    kept = x.to(system.dtype) if kept is None else kept
     return kept, tuple(codes), norm, iterations
 
 
@@ -303,6 +278,14 @@ def _check_fit(name: str, operator: RowProduct, b: Tensor) -> torch.dtype:
             "convert one of them with .to()."
         )
     return dtype
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """The device with its index, as a tensor there would have it."""
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        raise ValueError(f"vector_device={name!r} cannot hold a tensor: {error}") from error
 
 
 def _default_dtype(b: Tensor) -> torch.dtype:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .dots import row_dots, row_norms
+from .dots import cross_dots, row_dots, update_rows
 from .krylov import (
     RUNNING,
     Ends,
     KrylovResult,
-    RowProduct,
     System,
     default_iterations,
     first_event,
@@ -22,6 +21,7 @@ from .krylov import (
     show_progress,
     solve_to_true_residual,
 )
+from .product import RowProduct
 from .status import MESSAGES, Code, worst_status
 
 _MESSAGES = MESSAGES | {
@@ -129,10 +129,13 @@ class _MinimalResiduals:
         iteration = 0
         while iteration < budget:
             iteration += 1
-            q = system.multiply(z)
-            system.see_norm((row_dots(q, q) / row_dots(z, z)).sqrt())
-            delta = row_dots(z, q)
+            zz = row_dots(z, z)
+            q = system.multiply(z, zz)
+            delta, qq = cross_dots(z, q)
+            system.see_norm((qq / zz).sqrt())
             v_old.mul_(per_row(-gamma / gamma_old, v)).add_(q)
+            # A callable makes the next product before it would let go of this one.
+            del q
             v_old.addcmul_(v, per_row(-delta / gamma, v))
             v, v_old = v_old, v
             definite = ~(square < 0)
@@ -164,8 +167,7 @@ class _MinimalResiduals:
             x.addcmul_(w, per_row(torch.where(usable, c * eta, 0.0), x))
             eta = -s * eta
             along = torch.where(usable & (gamma > 0), c * eta / gamma, 0.0)
-            r.mul_(per_row(s**2, r)).addcmul_(v, per_row(along, r))
-            r_norm = row_norms(r)
+            r_norm = update_rows(r, v, decay=s**2, step=along).sqrt()
 
             outcome = first_event(
                 running,

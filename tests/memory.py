@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of tensors made under the mode: the peak alive at once, and the largest one."""
+    """Bytes of tensors made under the mode: the peak alive at once, the largest one, and all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.largest = 0
+        self.peak = self.largest = self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -26,6 +26,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and _key(tensor) not in given | set(self.alive):
                 storage = tensor.untyped_storage()
                 self.alive[_key(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+                self.total += storage.nbytes()
                 self.largest = max(self.largest, storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return out

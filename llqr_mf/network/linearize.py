@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,6 +39,35 @@ class BoundNode:
         return self.node.inputs
 
 
+class Forgotten(Node):
+    """The place of a node that is made again when it is needed."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(None, ())
+        self.inputs = node.inputs
+        self.flops = node.flops
+
+    def push(self, tangents: Any) -> Tensor:
+        """Refused."""
+        raise self.error()
+
+    def pull(self, cotangent: Tensor, needed: Any, out: Any) -> list[Tensor | None]:
+        """Refused."""
+        raise self.error()
+
+    @staticmethod
+    def error() -> ValueError:
+        """What to say of it."""
+        return ValueError(
+            "this problem was made with checkpoint=True and keeps no layer's linearisation: make "
+            "it without, or use method='cg'."
+        )
+
+
+Remake: TypeAlias = Callable[[], tuple[BoundNode, ...]]
+"""Makes a layer's nodes again."""
+
+
 @dataclass(frozen=True)
 class Linearization:
     """A network linearised at one batch.
@@ -53,6 +83,8 @@ class Linearization:
         output: Id of the network's output.
         complex_values: Ids of the values that are complex.
         outputs: The network's output.
+        remakes: With checkpoints, what makes each layer's nodes again; those in `layers` then know
+            their places only.
     """
 
     layers: tuple[tuple[BoundNode, ...], ...]
@@ -62,10 +94,15 @@ class Linearization:
     output: int
     outputs: Tensor
     complex_values: frozenset[int] = frozenset()
+    remakes: tuple[Remake, ...] = ()
 
 
 def linearize(
-    layers: Sequence[Layer], inputs: tuple[Any, ...], *, second_order: bool = False
+    layers: Sequence[Layer],
+    inputs: tuple[Any, ...],
+    *,
+    second_order: bool = False,
+    checkpoint: bool = False,
 ) -> Linearization:
     """Runs the network once on a batch and linearises every call.
 
@@ -73,6 +110,8 @@ def linearize(
         layers: All layers of a split.
         inputs: The batch.
         second_order: Whether the nodes' curvature will be asked for (keeps more).
+        checkpoint: Whether only what enters each layer is kept, and its nodes are made again for
+            every sweep.
 
     Raises:
         ValueError: The output is no tensor, or depends on no trainable parameter.
@@ -80,12 +119,15 @@ def linearize(
     program = layers[0].program
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     with torch.no_grad(), curvature_pass(device, stateful=program.stateful):
-        return _Run(program, second_order).over(layers, inputs)
+        return _Run(program, second_order, device if checkpoint else None).over(layers, inputs)
 
 
 class _Run:
-    def __init__(self, program: Program, second_order: bool) -> None:
+    def __init__(
+        self, program: Program, second_order: bool, checkpoints_on: torch.device | None
+    ) -> None:
         self.program, self.second_order = program, second_order
+        self.device, self.remakes = checkpoints_on, dict[int, Remake]()
         trainable = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in trainable)
         self.controls = {
@@ -121,9 +163,12 @@ class _Run:
             elif node.op == "output":
                 return self._finish(node, bound, input_ids)
             else:
-                call = self._call(node)
+                t = placed[node]
+                if self.device is not None and t not in self.remakes:
+                    self.remakes[t] = self._checkpoint(layers[t].nodes)
+                    self._forget(bound[:t])
                 try:
-                    self.env[node] = self._evaluate(node, call, bound[placed[node]])
+                    self.env[node] = self._evaluate(node, self._call(node), bound[t])
                 except RuntimeError as error:
                     if isinstance(error, NotImplementedError):
                         raise
@@ -146,7 +191,12 @@ class _Run:
                 f"the model's output {kind}: give a model that returns the tensor the loss reads, "
                 "and at least one parameter with requires_grad=True."
             )
+        remakes: tuple[Remake, ...] = ()
+        if self.device is not None:
+            self._forget(bound)
+            remakes = tuple(self.remakes.get(t, lambda: ()) for t in range(len(bound)))
         return Linearization(
+            remakes=remakes,
             layers=tuple(tuple(nodes) for nodes in bound),
             shapes=self.shapes,
             parameters=self.names,
@@ -155,6 +205,38 @@ class _Run:
             outputs=output.value,
             complex_values=frozenset(self.complex_values),
         )
+
+    def _checkpoint(self, nodes: Sequence[fx.Node]) -> Remake:
+        """What linearises a layer again from what enters it now, random state included."""
+        assert self.device is not None
+        device, inside, next_id = self.device, set(nodes), self.next_id
+        read = {source for node in nodes for source in node.all_input_nodes if source not in inside}
+        kept = {source: self.env[source] for source in read if source in self.env}
+        on_gpu = device.type == "cuda"
+        seeds = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+        twin = copy.copy(self)
+
+        def remake() -> tuple[BoundNode, ...]:
+            run, bound = copy.copy(twin), list[BoundNode]()
+            run.env, run.shapes, run.next_id = dict(kept), {}, next_id
+            with torch.no_grad(), curvature_pass(device, stateful=run.program.stateful):
+                torch.set_rng_state(seeds[0])
+                if seeds[1] is not None:
+                    torch.cuda.set_rng_state(seeds[1], device)
+                for source in read - set(kept):
+                    name = str(source.target)
+                    run.env[source] = run._tensor(name, run.program.tensors[name])
+                for node in nodes:
+                    run.env[node] = run._evaluate(node, run._call(node), bound)
+            return tuple(bound)
+
+        return remake
+
+    @staticmethod
+    def _forget(layers: Sequence[list[BoundNode]]) -> None:
+        """Leaves the places of the nodes, not what they hold."""
+        for nodes in layers:
+            nodes[:] = [replace(bound, node=Forgotten(bound.node)) for bound in nodes]
 
     def _input(self, value: Any, ids: list[int]) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators.control_cost import ControlCost
 from ..operators.tangent import Shape, Tangent, add
 from ..rules.base import Curvature
-from .linearize import BoundNode, Linearization
+from .feedback import keep_costates, respond
+from .linearize import BoundNode, Linearization, Remake
 from .snapshot import Snapshot
 
 
@@ -30,6 +32,7 @@ class NetworkStage:
         proto: Carries dtype and device.
         curvatures: For Newton-like metrics, each node's second derivative at its costate.
         snapshot: The parameters that enter here, to notice if they are written to.
+        remake: Makes the nodes again, where those in `nodes` know their places only.
     """
 
     nodes: tuple[BoundNode, ...]
@@ -42,6 +45,11 @@ class NetworkStage:
     proto: Tensor
     curvatures: tuple[Curvature | None, ...] = ()
     snapshot: Snapshot | None = None
+    remake: Remake | None = None
+
+    def linearized(self) -> tuple[BoundNode, ...]:
+        """The nodes, with what their products need."""
+        return self.nodes if self.remake is None else self.remake()
 
     @property
     def curved(self) -> bool:
@@ -56,7 +64,7 @@ class NetworkStage:
             for i, v in zip((*self.state_ids, *self.control_ids), (*x, *u), strict=True)
             if v is not None
         }
-        for bound in self.nodes:
+        for bound in self.linearized():
             tangents = [moved.get(i) for i in bound.inputs]
             if all(t is None for t in tangents):
                 continue
@@ -82,8 +90,9 @@ class NetworkStage:
                 sums[i] = p
         buffers = {} if out is None else dict(zip(self.control_ids, out, strict=True))
         wanted = self._wanted(need_state, need_control)
-        for place in range(len(self.nodes) - 1, -1, -1):
-            bound = self.nodes[place]
+        nodes = self.linearized()
+        for place in range(len(nodes) - 1, -1, -1):
+            bound = nodes[place]
             cotangents = [sums.pop(i, None) for i in bound.outputs]
             needed = [i in wanted for i in bound.inputs]
             if not any(needed):
@@ -106,8 +115,28 @@ class NetworkStage:
                 buffer.copy_(part)
         return state, controls
 
+    def costate(
+        self, costate: Tangent, inverse: ControlCost, *, need_state: bool
+    ) -> tuple[Tangent, Any]:
+        """A' p, and a record from which `respond` can take B' p."""
+        self._check()
+        return keep_costates(self, costate, inverse, need_state=need_state)
+
+    def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
+        """A x + B R^{-1} B' p, p being that of the record."""
+        return respond(self, x, record, inverse)
+
     def _check(self) -> None:
-        """Products are of the weights that were linearised, in the precision they have."""
+        # A compiler could only bake the answer in: whoever calls compiled code checks before it.
+        if not torch.compiler.is_compiling():
+            self.check()
+
+    def check(self) -> None:
+        """Products are of the weights that were linearised, in the precision they have.
+
+        Raises:
+            RuntimeError: A tensor was written to since, or autocast is on.
+        """
         if self.snapshot is not None:
             self.snapshot.check()
         if torch.is_autocast_enabled(self.proto.device.type):
@@ -201,6 +230,7 @@ def build_stages(
             controls=tuple(shapes[i] for i in controls[t]),
             proto=proto,
             snapshot=_snapshot(linearization, controls[t], t == 0, tensors or {}),
+            remake=linearization.remakes[t] if linearization.remakes else None,
         )
         for t, nodes in enumerate(linearization.layers)
     ]

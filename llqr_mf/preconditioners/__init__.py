@@ -13,6 +13,7 @@ from .kronecker import Kronecker
 from .layerwise import Layerwise
 from .low_rank import LowRank
 from .scalar import Scalar
+from .subsampled import SubsampledDual
 
 __all__ = [
     "Blueprint",
@@ -27,6 +28,7 @@ __all__ = [
     "Scalar",
     "Scaled",
     "Structure",
+    "SubsampledDual",
     "Sum",
     "baselines",
     "structure",

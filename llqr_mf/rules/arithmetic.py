@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Curvature, Node, Slot, Tangents, align, plain, reduce_to, register
+from .base import (
+    Call,
+    Curvature,
+    Node,
+    Scales,
+    Slot,
+    Tangents,
+    align,
+    plain,
+    reduce_to,
+    register,
+)
+from .gram import Deltas, Rows, Term
 
 
 class AffineNode(Node):
@@ -44,6 +56,12 @@ class AffineNode(Node):
             for factor, shape, wanted in zip(self.factors, self.shapes, needed, strict=True)
         ]
 
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
+        """Each sample's cotangents times c_i, summed over broadcast axes."""
+        if not _of_all_samples(self.shapes, self.shape, scales):
+            return super().gram_terms(deltas, scales)
+        return _sample_sums(deltas, self.shape, self.factors, self.shapes, scales)
+
 
 class ProductNode(Node):
     """y = x_1 x_2 entry by entry, both active."""
@@ -72,6 +90,13 @@ class ProductNode(Node):
             for value, other, wanted in zip(self.values, reversed(self.values), needed, strict=True)
         ]
 
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
+        """Each sample's cotangents times the other factor, summed over broadcast axes."""
+        shapes = [value.shape for value in self.values]
+        if not _of_all_samples(shapes, self.shape, scales):
+            return super().gram_terms(deltas, scales)
+        return _sample_sums(deltas, self.shape, self.values[::-1], shapes, scales)
+
     def curvature(self, costate: Tensor) -> Curvature | None:
         """P dx_2 and p dx_1."""
 
@@ -87,6 +112,35 @@ class ProductNode(Node):
             ]
 
         return product
+
+
+def _of_all_samples(shapes: Sequence[torch.Size], out: torch.Size, scales: Scales) -> bool:
+    """Whether every input that counts is broadcast over the batch."""
+    counted = [s for s, scale in zip(shapes, scales, strict=True) if scale is not None]
+    return all(len(shape) < len(out) or shape[0] == 1 for shape in counted)
+
+
+def _sample_sums(
+    deltas: Deltas,
+    out: torch.Size,
+    factors: Sequence[Any],
+    shapes: Sequence[torch.Size],
+    scales: Scales,
+) -> list[Term]:
+    r, n = deltas.values.shape[:2]
+    terms: list[Term] = []
+    for factor, shape, scale in zip(factors, shapes, scales, strict=True):
+        if scale is None:
+            continue
+        c = deltas.values
+        if isinstance(factor, Tensor):
+            c = c * deltas.select(factor.expand(out))
+        elif not _is_one(factor):
+            c = c * factor
+        # Each sample as a batch of one.
+        rows = reduce_to(c.reshape(r * n, 1, *out[1:]), shape)
+        terms.append(Rows(rows.reshape(r, n, -1), scale))
+    return terms
 
 
 def _is_one(factor: Any) -> bool:

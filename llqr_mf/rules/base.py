@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from . import gram
+from .gram import Deltas, Rows, Term
+
 Tangents = Sequence[Tensor | None]
 Curvature = Callable[[Tangents], list[Tensor | None]]
 """Second derivative of <p, f>: tangents of the inputs to cotangents of the inputs."""
+
+Scales = Sequence[float | None]
+"""A factor for each input of a node that is a parameter and counts; None for the others."""
 
 GRAM_ELEMENTS = 2**26
 """Most elements that per-sample gradients of one small node may take in a Gram matrix."""
@@ -118,6 +124,13 @@ class Node(ABC):
     per_sample = False
     """Whether outputs belong to samples though the batch is read as constants (tokens)."""
 
+    flops = 0.0
+    """Multiplications and additions of a column pushed from one input, where they are GEMMs."""
+
+    def gram_flops(self, size: int) -> float:
+        """Those of the Gram matrix of `size` per-sample gradients, beside the pulls to states."""
+        return 0.0
+
     def __init__(self, result: Any, inputs: Sequence[Slot]) -> None:
         self.result = result
         self.inputs = tuple(slot.id for slot in inputs)
@@ -167,36 +180,126 @@ class Node(ABC):
         (costate,) = costates
         return None if costate is None else self.curvature(costate)
 
-    # ---- the dual's Gram matrix
+    # ---- parameters through R^{-1}: the tangent kernel, and steps taken in place
 
-    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
-        """Gram matrix of per-sample gradients in one input, or None if it would be too large.
+    def respond_all(
+        self,
+        tangents: Tangents,
+        cotangents: Sequence[Tensor | None],
+        scales: Sequence[float | None],
+    ) -> tuple[Tensor | None, ...]:
+        """`push_all` of the tangents, and of scale * (what the cotangents pull back) besides.
 
         Args:
-            deltas: Cotangents of the output, shape (r, N, ...): row j holds, for every sample,
-                its own j-th cotangent. Valid only where samples do not interact.
-            index: Which input.
-
-        Returns:
-            Tensor (r N, r N), index j N + n.
+            tangents: Of the inputs, as for `push_all`; None for inputs that have a scale.
+            cotangents: Of the outputs, as for `pull_all`.
+            scales: One number per input that is a parameter to be moved, None for the others.
         """
-        r, n = deltas.shape[:2]
-        flat = deltas.reshape(r * n, *deltas.shape[2:])
+        needed = [scale is not None for scale in scales]
+        pulled = self.pull_all(cotangents, needed, [None] * len(needed))
+        moved = [
+            tangent if scale is None or part is None else part * scale
+            for tangent, part, scale in zip(tangents, pulled, scales, strict=True)
+        ]
+        if all(tangent is None for tangent in moved):
+            return tuple(None for _ in cotangents)
+        return self.push_all(moved)
+
+    def add_pulled(
+        self, cotangents: Sequence[Tensor | None], index: int, target: Tensor, scale: float
+    ) -> None:
+        """Adds scale * (what one column of cotangents pulls back to an input) to `target`."""
+        needed = [i == index for i in range(len(self.inputs))]
+        pulled = self.pull_all(cotangents, needed, [None] * len(needed))[index]
+        if pulled is not None:
+            target.add_(pulled[0], alpha=scale)
+
+    # ---- the dual's Gram matrix
+
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
+        """Per-sample gradients of the parameters among the inputs, or None if too large.
+
+        Valid only where samples do not interact. Here every gradient is pulled back on its own.
+
+        Args:
+            deltas: Cotangents of the only output.
+            scales: A factor of the inner products for each input that counts; None for others.
+        """
+        terms: list[Term] = []
+        for index, scale in enumerate(scales):
+            if scale is None:
+                continue
+            rows = self._pulled_rows(deltas, index)
+            if rows is None:
+                return None
+            if len(rows):
+                terms.append(Rows(rows.reshape(*deltas.values.shape[:2], -1), scale))
+        return terms
+
+    def _pulled_rows(self, deltas: Deltas, index: int) -> Tensor | None:
+        """Gradients (r n, p) in one input; no rows if it does not matter, None if too large."""
+        r, n = deltas.values.shape[:2]
+        shape, device = deltas.values.shape[2:], deltas.values.device
+        flat = deltas.values.reshape(r * n, *shape)
+        owners = deltas.select(torch.arange(deltas.batch, device=device)).repeat(r)
         needed = [i == index for i in range(len(self.inputs))]
         rows: list[Tensor] = []
-        chunk = 64
-        for start in range(0, r * n, chunk):
-            picked = torch.arange(start, min(start + chunk, r * n), device=deltas.device)
-            alone = deltas.new_zeros(len(picked), n, *deltas.shape[2:])
-            alone[torch.arange(len(picked), device=deltas.device), picked % n] = flat[picked]
+        step = min(64, max(1, gram.CHUNK_ELEMENTS // (deltas.batch * shape.numel())))
+        for start in range(0, r * n, step):
+            picked, owner = flat[start : start + step], owners[start : start + step]
+            alone = flat.new_zeros(len(picked), deltas.batch, *shape)
+            alone[torch.arange(len(picked), device=device), owner] = picked
             gradient = self.pull_all([alone], needed, [None] * len(needed))[index]
             if gradient is None:
-                return deltas.new_zeros(r * n, r * n)
+                return flat.new_zeros(0, 0)
             if gradient[0].numel() * r * n > GRAM_ELEMENTS:
                 return None
             rows.append(gradient.reshape(len(picked), -1))
-        whole = torch.cat(rows)
-        return whole @ whole.mT
+        return torch.cat(rows)
+
+    def add_gram(self, total: Tensor, deltas: Tensor, scales: Scales) -> bool:
+        """Adds the Gram matrix of per-sample gradients, in the half n >= m (`gram.mirror`).
+
+        Args:
+            total: Shape (r, N, r, N).
+            deltas: Cotangents of the output, (r, N, *out): row j holds every sample's own j-th.
+            scales: A factor for each input that is a parameter, None for others.
+
+        Returns:
+            Whether it was added; False if the gradients would be too large.
+        """
+        terms = self.gram_terms(Deltas(deltas, deltas.shape[1]), scales)
+        for term in terms or ():
+            term.add(total, term, half=True)
+        return terms is not None
+
+    def observe(self, deltas: Tensor, costate: Tensor, scales: Scales) -> Tensor:
+        """Inner products of per-sample gradients with the whole gradient that a costate gives.
+
+        Args:
+            deltas: Shape (r, N, *out), as in `add_gram`.
+            costate: Shape (N, *out).
+            scales: A factor for each input that is a parameter, None for others.
+
+        Returns:
+            Tensor (r, N).
+        """
+        nothing: list[Tensor | None] = [None] * len(scales)
+        (moved,) = self.respond_all(nothing, [costate.unsqueeze(0)], scales)
+        if moved is None:
+            return deltas.new_zeros(deltas.shape[:2])
+        y = moved[0].reshape(deltas.shape[1], -1)
+        return torch.stack([(delta.reshape(y.shape) * y).sum(-1) for delta in deltas])
+
+    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
+        """The whole Gram matrix of one input, (r N, r N) with index j N + n, for a look at it."""
+        r, n = deltas.shape[:2]
+        total = deltas.new_zeros(r, n, r, n)
+        scales = [1.0 if i == index else None for i in range(len(self.inputs))]
+        if not self.add_gram(total, deltas, scales):
+            return None
+        gram.mirror(total)
+        return total.reshape(r * n, r * n)
 
 
 Rule = Callable[[Call], Node | None]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Call, Curvature, Node, Slot, Tangents, plain, register
-from .gram import outer_gram, row_gram
+from .base import Call, Curvature, Node, Scales, Slot, Tangents, plain, register
+from .gram import Deltas, Outer, Rows, Term, outer_flops
 
 
 class ConvNode(Node):
@@ -26,6 +26,8 @@ class ConvNode(Node):
         self.shape = self.result.shape
         self.geometry = geometry
         self.function = call.function
+        positions = self.result.numel() // self.result.shape[1]
+        self.flops = 2.0 * positions * self.weight.numel()
 
     def push(self, tangents: Tangents) -> Tensor:
         """conv(dx, W) + conv(x, dW) + db."""
@@ -84,17 +86,28 @@ class ConvNode(Node):
 
         return product
 
-    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
-        """A convolution is a Linear on patches, summed over positions."""
-        role = self.roles[index]
-        if role == "x":
-            return super().gram(deltas, index)
-        r, n = deltas.shape[:2]
-        columns = deltas.flatten(3).mT
-        if role == "bias":
-            return row_gram(columns.sum(2).reshape(r * n, -1))
-        patches = self.patches()
-        return super().gram(deltas, index) if patches is None else outer_gram(patches, columns)
+    def gram_flops(self, size: int) -> float:
+        """Those of the weight's share."""
+        positions = self.shape[2:].numel()
+        return outer_flops(size, positions, len(self.weight), self.weight[0].numel())
+
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
+        """A convolution is a Linear on patches, in groups and summed over positions."""
+        given = dict(zip(self.roles, scales, strict=True))
+        weight, bias = given.get("weight"), given.get("bias")
+        if given.get("x") is not None or (weight is not None and self.x.ndim > 4):
+            return super().gram_terms(deltas, scales)
+        columns = deltas.values.flatten(3)
+        if weight is None:
+            return [] if bias is None else [Rows(columns.sum(-1), bias)]
+        groups = self.geometry["groups"]
+
+        def patches(part: slice) -> Tensor:
+            return self._unfolded(deltas.select(self.x, part)).unflatten(1, (groups, -1)).mT
+
+        width = self.weight[0].numel()
+        grouped = columns.unflatten(2, (groups, -1)).mT
+        return [Outer(grouped, patches, width, weight, bias or 0.0)]
 
     @property
     def is_matrix(self) -> bool:
@@ -109,20 +122,22 @@ class ConvNode(Node):
         """
         if not self.is_matrix:
             return None
-        spatial = self.x.ndim - 2
+        return self._unfolded(self.x[samples]).mT
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        """The patches of inputs with one or two spatial axes, (n, in * kernel, S)."""
+        spatial = x.ndim - 2
 
         def pair(value: Sequence[int], filler: int) -> tuple[int, ...]:
             return tuple(value) if spatial == 2 else (filler, *value)
 
-        x = self.x[samples] if spatial == 2 else self.x[samples].unsqueeze(2)
-        unfolded = F.unfold(
-            x,
+        return F.unfold(
+            x if spatial == 2 else x.unsqueeze(2),
             pair(self.weight.shape[2:], 1),
             dilation=pair(self.geometry["dilation"], 1),
             padding=pair(self.geometry["padding"], 0),
             stride=pair(self.geometry["stride"], 1),
         )
-        return unfolded.mT
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.function(x, weight, None, **self.geometry)

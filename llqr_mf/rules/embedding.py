@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Call, Node, Slot, Tangents, plain, register
+from .base import Call, Node, Scales, Slot, Tangents, plain, register
+from .gram import Deltas, Term
+from .picked import Picked
 
 
 class EmbeddingNode(Node):
@@ -46,18 +48,17 @@ class EmbeddingNode(Node):
         flat = c.reshape(k, -1, self.shape[1])
         return [total.index_add(1, self.tokens.reshape(-1), flat)]
 
-    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
-        """As a Linear layer on one-hot inputs: two positions meet where their tokens agree."""
-        r, n = deltas.shape[:2]
-        c = deltas if self.learned is None else deltas * self.learned
-        c = c.reshape(r * n, -1, self.shape[1])
-        positions = c.shape[1]
-        if (r * n * positions) ** 2 > 2**26:
-            return super().gram(deltas, index)
-        flat = self.tokens.reshape(1, -1).expand(r, -1).reshape(-1)
-        rows = c.reshape(-1, self.shape[1])
-        met = (rows @ rows.mT) * (flat[:, None] == flat[None, :])
-        return met.reshape(r * n, positions, r * n, positions).sum((1, 3))
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
+        """Two samples meet where they have a token in common."""
+        (scale,) = scales
+        if scale is None:
+            return []
+        values = deltas.values.reshape(*deltas.values.shape[:2], -1, self.shape[1])
+        tokens = deltas.select(self.tokens.reshape(deltas.batch, -1))
+        learned = self.learned
+        if learned is not None:
+            learned = deltas.select(learned.reshape(deltas.batch, -1))
+        return [Picked.of(values, tokens, learned, scale)]
 
 
 @register(F.embedding)

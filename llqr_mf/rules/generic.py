@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..operators.tangent import is_plain
 from .base import Call, Curvature, Node, Tangents
+from .opaque import handle_of, pull_opaquely, push_opaquely
 
 
 class GenericNode(Node):
@@ -39,8 +40,14 @@ class GenericNode(Node):
             self._seeds = [torch.zeros_like(y, requires_grad=True) for y in self._outputs]
             self._pulled = self._grad_with_graph(self._seeds)
         super().__init__(tree_map_only(Tensor, lambda t: t.detach(), result), slots)
+        self._handle = handle_of(self)
         if _has_custom_function(self._outputs):
             self._probe()
+
+    @property
+    def sides(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The inputs and the outputs that move."""
+        return self._inputs, self._outputs
 
     def push(self, tangents: Tangents) -> Tensor:
         """J dx."""
@@ -50,6 +57,8 @@ class GenericNode(Node):
 
     def push_all(self, tangents: Tangents) -> tuple[Tensor | None, ...]:
         """J dx, for every output."""
+        if torch.compiler.is_compiling():
+            return push_opaquely(self._handle, tangents, len(self._outputs))
         pairs = [
             (g, t)
             for g, t in zip(self._pulled, tangents, strict=True)
@@ -71,6 +80,8 @@ class GenericNode(Node):
         out: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
         """J' c, from every output."""
+        if torch.compiler.is_compiling():
+            return pull_opaquely(self._handle, cotangents, needed)
         pairs = [(y, c) for y, c in zip(self._outputs, cotangents, strict=True) if c is not None]
         wanted = [x for x, need in zip(self._inputs, needed, strict=True) if need]
         pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))

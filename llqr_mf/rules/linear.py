@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Call, Curvature, Node, Slot, Tangents, plain, register
-from .gram import outer_gram, row_gram
+from .base import Call, Curvature, Node, Scales, Slot, Tangents, plain, register
+from .gram import Deltas, Outer, Rows, Term, outer_flops
 
 
 class LinearNode(Node):
@@ -28,6 +29,7 @@ class LinearNode(Node):
         # Only the weight's products read the input.
         self.x = value.reshape(-1, value.shape[-1]) if "weight" in self.roles else None
         self.samples = value.shape[0] if value.ndim > 1 else None
+        self.flops = 2.0 * self.lead.numel() * self.weight.numel()
 
     def push(self, tangents: Tangents) -> Tensor:
         """Dx W' + x dW' + db."""
@@ -71,6 +73,57 @@ class LinearNode(Node):
                 results.append(columns.sum(1))
         return results
 
+    def gram_flops(self, size: int) -> float:
+        """Those of the weight's share."""
+        positions = self.lead[1:].numel()
+        return outer_flops(size, positions, *self.weight.shape) if self.x is not None else 0.0
+
+    def respond_all(
+        self,
+        tangents: Tangents,
+        cotangents: Sequence[Tensor | None],
+        scales: Sequence[float | None],
+    ) -> tuple[Tensor | None, ...]:
+        """Dx W' + (a X X' + b 1 1') C: where rows are fewer than features, no dW is formed."""
+        scale = dict(zip(self.roles, scales, strict=True))
+        given = dict(zip(self.roles, tangents, strict=True))
+        rows = self.lead.numel()
+        (cotangent,) = cotangents
+        wide = rows * sum(self.weight.shape) < 2 * self.weight.numel()
+        moved = given.get("weight") is not None or given.get("bias") is not None
+        by_weight, by_bias = scale.get("weight"), scale.get("bias")
+        if cotangent is None or by_weight is None or moved or not wide:
+            return super().respond_all(tangents, cotangents, scales)
+        mixing = self.inner * by_weight
+        if by_bias is not None:
+            mixing += by_bias
+        columns = cotangent.reshape(len(cotangent), rows, -1)
+        dx = given.get("x")
+        if dx is None:
+            out = torch.matmul(mixing, columns)
+        else:
+            out = dx.reshape(-1, dx.shape[-1]) @ self.weight.mT
+            out = out.reshape(columns.shape)
+            torch.baddbmm(out, mixing.expand(len(columns), rows, rows), columns, out=out)
+        return (out.reshape(cotangent.shape),)
+
+    def add_pulled(
+        self, cotangents: Sequence[Tensor | None], index: int, target: Tensor, scale: float
+    ) -> None:
+        """A weight takes scale * C' X in place."""
+        (cotangent,) = cotangents
+        if self.roles[index] != "weight" or self.x is None or cotangent is None:
+            super().add_pulled(cotangents, index, target, scale)
+        else:
+            columns = cotangent[0].reshape(-1, cotangent.shape[-1])
+            target.addmm_(columns.mT, self.x, alpha=scale)
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """X X' (rows, rows)."""
+        assert self.x is not None
+        return self.x @ self.x.mT
+
     def curvature(self, costate: Tensor) -> Curvature | None:
         """<p, x W'> is bilinear: p dW for x, p' dx for W."""
         if not {"x", "weight"} <= set(self.roles):
@@ -92,16 +145,27 @@ class LinearNode(Node):
 
         return product
 
-    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
-        """(X X') o (D D') for the weight; design.md section 2, fact 3."""
-        if self.roles[index] == "x" or self.samples is None:
-            return super().gram(deltas, index)
-        r, n = deltas.shape[:2]
-        columns = deltas.reshape(r, n, -1, deltas.shape[-1])
-        if self.roles[index] == "bias":
-            return row_gram(columns.sum(2).reshape(r * n, -1))
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
+        """(X X') o (D D') for the weight, with a constant for the bias; design.md 2, fact 3."""
+        given = dict(zip(self.roles, scales, strict=True))
+        if given.get("x") is not None or self.samples is None:
+            return super().gram_terms(deltas, scales)
+        weight, bias = given.get("weight"), given.get("bias")
+        values = deltas.values
+        columns = values.reshape(*values.shape[:2], -1, values.shape[-1])
+        if weight is None:
+            return [] if bias is None else [Rows(columns.sum(2), bias)]
         assert self.x is not None
-        return outer_gram(self.x.reshape(n, -1, self.x.shape[-1]), columns)
+        x = self.x.reshape(self.samples, 1, -1, self.x.shape[-1])
+        return [
+            Outer(
+                columns.unsqueeze(2),
+                lambda part: deltas.select(x, part),
+                x.shape[-1],
+                weight,
+                bias or 0.0,
+            )
+        ]
 
 
 def _bias_and_weight(x: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor | None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Call, Curvature, Node, Slot, Tangents, plain, register
-from .gram import row_gram
+from .base import Call, Curvature, Node, Scales, Slot, Tangents, plain, register
+from .gram import Deltas, Rows, Term
 
 
 class Standardise:
@@ -173,16 +173,23 @@ class NormNode(Node):
 
         return product
 
-    def gram(self, deltas: Tensor, index: int) -> Tensor | None:
+    def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
         """Per-sample sums of c z (or c), which are no larger than the activations."""
-        if self.roles[index] == "x":
-            return super().gram(deltas, index)
-        rows = self.sample_gradients(deltas, index)
-        return row_gram(rows.reshape(deltas.shape[0] * deltas.shape[1], -1))
+        given = dict(zip(self.roles, scales, strict=True))
+        if given.get("x") is not None:
+            return super().gram_terms(deltas, scales)
+        return [
+            Rows(self._sums(deltas.values, role, deltas.select(self._z)), scale)
+            for role, scale in given.items()
+            if scale is not None
+        ]
 
     def sample_gradients(self, deltas: Tensor, index: int) -> Tensor:
         """Gradients of every sample in the weight or bias, (r, N, *out) to (r, N, width)."""
-        c = deltas * self._z if self.roles[index] == "weight" else deltas
+        return self._sums(deltas, self.roles[index], self._z)
+
+    def _sums(self, deltas: Tensor, role: str, z: Tensor) -> Tensor:
+        c = deltas * z if role == "weight" else deltas
         lead = len(self.shape) - len(self.broadcast)
         dims = [
             i + 1 for i in range(1, len(self.shape)) if i < lead or self.broadcast[i - lead] == 1

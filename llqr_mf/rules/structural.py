@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,11 +78,17 @@ class LinearMapNode(Node):
             zero.expand(k, *shape) if c is None else c
             for c, (zero, shape) in zip(cotangents, self._outs, strict=True)
         )
+        pull = self._traceable_pull() if torch.compiler.is_compiling() else self._pull
         if k == 1:
-            pulled = [g.unsqueeze(0) for g in self._pull(tuple(c[0] for c in whole))]
+            pulled = [g.unsqueeze(0) for g in pull(tuple(c[0] for c in whole))]
         else:
-            pulled = list(torch.vmap(self._pull)(whole))
+            pulled = list(torch.vmap(pull)(whole))
         return [g if wanted else None for g, wanted in zip(pulled, needed, strict=True)]
+
+    def _traceable_pull(self) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """The vjp made anew: torch.compile cannot enter one that was made outside of its graph."""
+        points = [zero.expand(shape) for zero, shape in zip(self._ins, self._shapes, strict=True)]
+        return torch.func.vjp(self._function, *points)[1]
 
     def curvature_all(self, costates: Sequence[Tensor | None]) -> None:
         """Zero."""

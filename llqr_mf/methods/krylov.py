@@ -1,0 +1,96 @@
+"""CG and MINRES on the condensed Hessian."""
+
+from __future__ import annotations
+
+from ..low_precision import wide_and_narrow
+from ..operators.base import MatrixFreeOperator
+from ..operators.compiled import compiled
+from ..operators.condensed_hessian import CondensedHessianOperator
+from ..operators.graphed import graphed
+from ..problem import LQRProblem
+from ..solvers.cg import cg
+from ..solvers.inexact import refined_cg
+from ..solvers.minres import minres
+from ..solvers.status import Status
+from .base import Found, Options
+
+
+def by_cg(options: Options) -> Found:
+    """H u = b by (preconditioned, flexible, truncated) conjugate gradients."""
+    if options.products in ("bf16", "tf32"):
+        return _by_refined_cg(options)
+    result = cg(
+        _hessian(options),
+        options.b,
+        preconditioner=options.preconditioner,
+        initial=options.initial,
+        rtol=options.rtol,
+        max_iterations=options.max_iterations,
+        radius=options.radius,
+        on_negative_curvature=options.on_negative_curvature,
+        recurrence_dtype=options.recurrence_dtype,
+        flexible=options.flexible,
+        vector_device=options.vector_device,
+        progress=options.progress,
+    )
+    step, extra = options.complete(result.x), {"direction": result.direction}
+    return Found(step, result.status, result.iterations, result.products, extra=extra)
+
+
+def _hessian(options: Options) -> MatrixFreeOperator:
+    """H, its products run as asked."""
+    hessian = options.problem.hessian
+    if options.products == "plain":
+        return hessian
+    if not isinstance(hessian, CondensedHessianOperator):
+        raise ValueError(
+            f"products='{options.products}' needs one batch's layers, and a StreamedProblem has "
+            "many: leave it out."
+        )
+    if options.products == "compiled":
+        return compiled(hessian)
+    return graphed(hessian, 1 if options.b.ndim == 1 else options.b.shape[1])
+
+
+def _by_refined_cg(options: Options) -> Found:
+    for name in ("radius", "flexible", "vector_device"):
+        if getattr(options, name):
+            raise ValueError(f"`{name}` does not go with products='{options.products}': drop one.")
+    if options.on_negative_curvature != "truncate":
+        raise ValueError(
+            f"`on_negative_curvature` does not go with products='{options.products}': drop one."
+        )
+    if not isinstance(options.problem, LQRProblem):
+        raise ValueError(
+            f"products='{options.products}' needs one batch's layers, and a StreamedProblem has "
+            "many: leave it out."
+        )
+    wide, narrow = wide_and_narrow(options.problem, options.products)  # type: ignore[arg-type]
+    result = refined_cg(
+        wide,
+        narrow,
+        options.b,
+        preconditioner=options.preconditioner,
+        initial=options.initial,
+        rtol=options.rtol,
+        max_iterations=options.max_iterations,
+        recurrence_dtype=options.recurrence_dtype,
+        progress=options.progress,
+    )
+    spent = f"{result.coarse_products} products in {options.products}, {result.products} exact."
+    status = Status(result.status.code, f"{result.status.message} {spent}")
+    return Found(options.complete(result.x), status, result.iterations, result.products)
+
+
+def by_minres(options: Options) -> Found:
+    """H u = b by MINRES, for an indefinite H too."""
+    result = minres(
+        options.problem.hessian,
+        options.b,
+        preconditioner=options.preconditioner,
+        rtol=options.rtol,
+        max_iterations=options.max_iterations,
+        recurrence_dtype=options.recurrence_dtype,
+        progress=options.progress,
+    )
+    return Found(options.complete(result.x), result.status, result.iterations, result.products)
