@@ -51,13 +51,15 @@ class CostateEquation:
         self.iterations = self.products = 0
         self.y = q.new_zeros(1, factor.rank * factor.samples, dtype=torch.float64)
         self.p = q
-        response = self._respond(q)
-        self.residual = self.y + self._coordinates(response)
-        self.norm = math.sqrt(max(float((q.double() * response.double()).sum()), 0.0))
+        self._look()
+        self.norm = math.sqrt(max(float((q.double() * self.response.double()).sum()), 0.0))
         self.estimate = self._relative(self.residual)
 
     def solve(self, rtol: float, max_iterations: int, *, progress: bool = False) -> None:
-        """Corrects y until the estimated residual is at most rtol, or no longer falls."""
+        """Corrects y until the estimated residual is at most rtol, or no longer falls.
+
+        It leaves `p` with its `response`, K p.
+        """
         before = math.inf
         while self.estimate > rtol and self.iterations < max_iterations:
             if not self.estimate < before / 2:
@@ -66,8 +68,7 @@ class CostateEquation:
             if ratio > CONTRACTION and before < 1:
                 self.direct = False
             self.correct(self.residual, rtol, max_iterations, progress=progress)
-            response = self._respond(self.p)
-            self.residual = self.y + self._coordinates(response)
+            self._look()
             self.estimate = self._relative(self.residual)
 
     def correct(
@@ -106,6 +107,11 @@ class CostateEquation:
     def observed(self, state: Tensor) -> Tensor:
         """S = y - L'x for the last state x = J u that a step u reached; rows (1, n_T)."""
         return self.y - self._coordinates(state)
+
+    def _look(self) -> None:
+        """K p, and the residual s of the p there is."""
+        self.response = self._respond(self.p)
+        self.residual = self.y + self._coordinates(self.response)
 
     def _respond(self, p: Tensor) -> Tensor:
         self.products += 1

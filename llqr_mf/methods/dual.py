@@ -136,8 +136,7 @@ def _formed(
 
 def _unformed(options: Options, equation: CostateEquation, problem: LQRProblem, how: str) -> Found:
     """The costate alone: x_T = -K p, and u'R u = p'K p."""
-    p, q = equation.p, problem.output_gradient
-    response = problem.tangent_kernel._rows(p)
+    p, q, response = equation.p, problem.output_gradient, equation.response
     bent = problem.Q[-1]._matmul(response.mT).mT
     decrease = row_dots(response, q) - (row_dots(response, bent) + row_dots(response, p)) / 2
     limit = FREE_ITERATIONS if options.max_iterations is None else options.max_iterations
@@ -145,7 +144,7 @@ def _unformed(options: Options, equation: CostateEquation, problem: LQRProblem, 
         None,
         _status(equation, equation.estimate, options.rtol, limit, how),
         equation.iterations,
-        equation.products + 1,
+        equation.products,
         relative=equation.estimate,
         decrease=float(decrease),
         extra={"costate": p[0]},
