@@ -1,39 +1,34 @@
 """The exact Gauss-Newton step: the dual, own CG, curvlinops with its CG, and a hand-written loop.
 
-    python benchmarks/exact_step.py [--widths 1024 4096] [--max-seconds 600] [--device cuda]
+    python benchmarks/exact_step.py [--data digits] [--widths 1024 4096] [--max-seconds 600]
 
-Four hidden tanh layers, batch 128, 10 classes, cross-entropy. The clock runs from the user's model
-and batch to the flat step: linearisation, checks and gradient are in. All methods take turns in one
-run per width, damping and tolerance, and the true residual |Hu + g| / |g| of every answer comes
-from one piece of code: products in float32, and in float64 up to width 1024. Up to `--tune-up-to`
-the peers' tolerance is tightened, off the clock, until the true residual is what was asked for;
-wider nets take over what was found there. Above `--once-above` every iterative method runs once,
-and not at all where the estimate exceeds `--max-seconds` or the memory does not suffice: then the
-table shows the estimate, marked ~.
+Random inputs and labels are an easy system for CG; real data and a net that has seen some are not,
+and `--data` has both. Four hidden tanh layers, batch 128, 10 classes, cross-entropy. The clock runs
+from the user's model and batch to the flat step: linearisation, checks and gradient are in. All
+methods take turns in one run per width, damping and tolerance, and the true residual |Hu + g| / |g|
+of every answer comes from one piece of code: products in float32, and in float64 up to width 1024.
+Up to `--tune-up-to` the peers' tolerance is tightened, off the clock, until the true residual is
+what was asked for; wider nets take over what was found there. Above `--once-above` every iterative
+method runs once, and not at all where the estimate exceeds `--max-seconds` or the memory does not
+suffice: then the table shows the estimate, marked ~.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from harness import Floors, Table, Work, environment, exponent, floors, interleaved, spread
-from hessian_free import gauss_newton_step
-from nets import activation_bytes, dual_work, gradient_work, mlp, mlp_size, product_work
+from nets import activation_bytes, dual_work, gradient_work, mlp_size, product_work
 from peak import available, limit_memory, peak_memory
-from torch import Tensor, nn
+from step_methods import BATCH, CLASSES, DEPTH, SOLVERS, Answer, Batch, make, true_residual
+from torch import nn
 from tqdm import tqdm
-
-import llqr_mf as lq
-
-BATCH, CLASSES, DEPTH = 128, 10, 4
 
 ITERATIVE = ("cg", "curvlinops", "hessian_free")
 METHODS = ("dual", *ITERATIVE)
@@ -66,129 +61,6 @@ HEADS = {
 }
 
 
-@dataclass
-class Answer:
-    """A step and how it was found."""
-
-    step: Tensor
-    iterations: int
-    products: int
-    status: str = ""
-
-
-Batch = tuple[nn.Module, Tensor, Tensor]
-Method = Callable[[Batch, float, float, int], Answer]
-
-
-def make(width: int, device: str) -> Batch:
-    """The net and the batch, the same in every process."""
-    torch.manual_seed(0)
-    return mlp(width, DEPTH, BATCH, CLASSES, device=device)
-
-
-def _ours(method: Any) -> Method:
-    def run(batch: Batch, damping: float, rtol: float, max_iterations: int) -> Answer:
-        model, x, y = batch
-        problem = lq.LQRProblem.from_network(
-            lq.split(model), x, y, loss="cross_entropy", damping=damping
-        )
-        limit = {} if method == "dual" else {"max_iterations": max_iterations}
-        found = lq.solve(problem, method=method, rtol=rtol, **limit)
-        return Answer(found.step, found.iterations, found.products, str(found.status))
-
-    return run
-
-
-def _curvlinops(batch: Batch, damping: float, rtol: float, max_iterations: int) -> Answer:
-    from curvlinops import CGInverseLinearOperator, GGNLinearOperator
-    from curvlinops.examples import IdentityLinearOperator
-
-    model, x, y = batch
-    parameters, loss = list(model.parameters()), nn.CrossEntropyLoss()
-    ggn = GGNLinearOperator(model, loss, parameters, [(x, y)], check_deterministic=False)
-    products, multiply = 0, ggn._matmat
-
-    def counted(v: list[Tensor]) -> list[Tensor]:
-        nonlocal products
-        products += 1
-        return multiply(v)
-
-    ggn._matmat = counted
-    shapes = [tuple(p.shape) for p in parameters]
-    damped = ggn + damping * IdentityLinearOperator(shapes, x.device, x.dtype)
-    gradient = torch.autograd.grad(loss(model(x), y), parameters)
-    side = torch.cat([g.reshape(-1) for g in gradient]).neg_()
-    del gradient
-    # Its defaults guard divisions by an absolute 1e-10, which ends progress near 1e-5.
-    inverse = CGInverseLinearOperator(
-        *(damped,),
-        tolerance=rtol,
-        eps=1e-30,
-        stop_updating_after=rtol / 10,
-        max_iter=max_iterations,
-        max_tridiag_iter=0,
-    )
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        with torch.no_grad():
-            step = inverse @ side
-    # It multiplies its zero start once.
-    return Answer(step, products - 1, products, "; ".join(str(w.message)[:60] for w in said))
-
-
-def _hessian_free(batch: Batch, damping: float, rtol: float, max_iterations: int) -> Answer:
-    step, iterations = gauss_newton_step(
-        *batch, damping=damping, rtol=rtol, max_iterations=max_iterations
-    )
-    return Answer(step, iterations, iterations)
-
-
-SOLVERS: dict[str, Method] = {
-    "dual": _ours("dual"),
-    "cg": _ours("cg"),
-    "curvlinops": _curvlinops,
-    "hessian_free": _hessian_free,
-}
-
-
-def true_residual(
-    batch: Batch, damping: float, step: Tensor, dtype: torch.dtype = torch.float32
-) -> float:
-    """|Hu + g| / |g| with the gradient of autograd and the library's product, in one precision."""
-    model, x, y = batch
-    if dtype != x.dtype:
-        width = x.shape[1]
-        other = mlp(width, DEPTH, len(x), CLASSES, dtype=dtype, device=str(x.device))[0]
-        other.load_state_dict(model.state_dict())
-        model, x, step = other, x.to(dtype), step.to(dtype)
-    problem = lq.LQRProblem.from_network(
-        lq.split(model), x, y, loss="cross_entropy", damping=damping, check=False
-    )
-    left = torch.zeros(1, problem.size, dtype=dtype, device=x.device)
-    with torch.no_grad():
-        problem.hessian.multiply_rows(step.unsqueeze(0), left)
-    del problem
-    loss = nn.functional.cross_entropy(model(x), y)
-    place, square = 0, 0.0
-    for g in torch.autograd.grad(loss, list(model.parameters())):
-        left[0, place : place + g.numel()].add_(g.reshape(-1))
-        place += g.numel()
-        square += float(g.norm()) ** 2
-    return float(left.norm()) / square**0.5
-
-
-def prepare_memory(
-    width: int, method: str, damping: float, rtol: float, device: str, *, tiny: bool = False
-) -> Callable[[], None]:
-    """For `peak_memory`; three iterations hold as much as three hundred."""
-    batch = make(16 if tiny else width, device)
-
-    def run() -> None:
-        SOLVERS[method](batch, damping, rtol, 3)
-
-    return run
-
-
 class Comparison:
     """All rows, and what narrower nets have taught about wider ones."""
 
@@ -207,7 +79,7 @@ class Comparison:
         if size * (1 + self.copies["dual"]) > available(options.device):
             self.table.add({"method": "all", "width": width, "note": "does not fit"})
             return
-        batch = make(width, options.device)
+        batch = make(width, options.device, options.data)
         for damping in options.dampings:
             self.table.header(f"width {width}, damping {damping:g}")
             for rtol in options.rtols:
@@ -220,7 +92,7 @@ class Comparison:
                 continue
             arguments = {"width": width, "method": method, "device": device}
             arguments |= {"damping": self.options.dampings[0], "rtol": min(self.options.rtols)}
-            found[method] = peak_memory("exact_step:prepare_memory", arguments, device=device)
+            found[method] = peak_memory("step_methods:prepare_memory", arguments, device=device)
             # On narrow nets activations and the Gram matrix weigh more than weights.
             if "growth" in found[method] and width >= 2048:
                 self.copies[method] = found[method]["growth"] / size
@@ -337,7 +209,7 @@ class Comparison:
             for small in (128, 256, 512):
                 if small < width:
                     answer = SOLVERS["cg"](
-                        make(small, self.options.device),
+                        make(small, self.options.device, self.options.data),
                         *(damping, rtol, self.options.max_iterations),
                     )
                     known[small] = answer.iterations
@@ -419,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Compares at every width and writes the JSON after each row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--data", choices=["random", "digits"], default="random")
     parser.add_argument("--dampings", type=float, nargs="+", default=[1e-3, 1e-5])
     parser.add_argument("--rtols", type=float, nargs="+", default=[1e-4, 1e-6])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -433,8 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     floor = floors(options.device, widths=options.widths, batch=BATCH)
     print(floor)
-    default = Path(__file__).parent / "results" / f"exact_step_{options.device}.json"
+    name = f"exact_step_{options.data}_{options.device}.json"
+    default = Path(__file__).parent / "results" / name
     report: dict[str, Any] = {"benchmark": "exact_step", **environment(options.device)}
+    report["data"] = options.data
     report |= {"batch": BATCH, "classes": CLASSES, "hidden layers": DEPTH}
     report["floors"] = floor.report()
     table = Table(options.output or default, report, HEADS, first=14)

@@ -11,26 +11,17 @@ import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
+from .layer_operators import LayerOperators
 from .layout import Layout
 from .operators import (
     CondensedHessianOperator,
     ControlCost,
-    ControlCostOperator,
-    ControlHessianOperator,
-    ControlOperator,
-    CrossHessianOperator,
-    GainOperator,
     OutputJacobianOperator,
-    StateHessianOperator,
     System,
     TangentKernelOperator,
-    TransitionOperator,
-    ValueOperator,
-    ZeroOperator,
 )
 from .operators.tangent import Tangent, size_of, to_rows
 from .origin import NetworkOrigin
-from .tail import tail_solver
 
 if TYPE_CHECKING:
     from .network import Layer
@@ -38,7 +29,7 @@ if TYPE_CHECKING:
 Given: TypeAlias = LinearOperator | Tensor
 
 
-class LQRProblem:
+class LQRProblem(LayerOperators):
     """Minimise over u the quadratic model of a step; design.md section 2.
 
         sum_t 1/2 x'Q_t x + u'S_t x + 1/2 u'R_t u + q_t'x + r_t'u  +  1/2 x_T'Q_T x_T + q_T'x_T
@@ -160,21 +151,6 @@ class LQRProblem:
     # ---- sizes and the flat layout
 
     @property
-    def horizon(self) -> int:
-        """T, the number of layers."""
-        return self.system.horizon
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of steps and products."""
-        return self.system.proto.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of steps and products."""
-        return self.system.proto.device
-
-    @property
     def size(self) -> int:
         """P, the length of a flat step."""
         return self.system.control_size
@@ -198,55 +174,6 @@ class LQRProblem:
         return self.layout.flatten(parts)
 
     # ---- operators
-
-    @cached_property
-    def A(self) -> tuple[LinearOperator, ...]:
-        """A_t, the layers' derivatives in their state; shape (n_{t+1}, n_t)."""
-        return tuple(
-            TransitionOperator(self.system.proto, stage=stage, columns=self._columns)
-            for stage in self.system.stages
-        )
-
-    @cached_property
-    def B(self) -> tuple[LinearOperator, ...]:
-        """B_t, the layers' derivatives in their parameters; shape (n_{t+1}, m_t)."""
-        return tuple(
-            ControlOperator(self.system.proto, stage=stage, columns=self._columns)
-            for stage in self.system.stages
-        )
-
-    @cached_property
-    def Q(self) -> tuple[LinearOperator, ...]:
-        """Q_0..Q_T, the costs of the states; shape (n_t, n_t)."""
-        return tuple(self._state_hessian(t) for t in range(self.horizon + 1))
-
-    @cached_property
-    def R(self) -> tuple[LinearOperator, ...]:
-        """R_t, the costs of the controls, damping included; shape (m_t, m_t)."""
-        system = self.system
-        made = []
-        for stage, owned in zip(system.stages, system.owned, strict=True):
-            cost = system.control_cost.restrict(owned)
-            if stage.curved:
-                made.append(
-                    ControlHessianOperator(
-                        system.proto, stage=stage, cost=cost, columns=self._columns
-                    )
-                )
-            else:
-                made.append(ControlCostOperator(system.proto, cost=cost))
-        return tuple(made)
-
-    @cached_property
-    def S(self) -> tuple[LinearOperator, ...]:
-        """S_t with the cost u'S_t x; shape (m_t, n_t)."""
-        proto = self.system.proto
-        return tuple(
-            CrossHessianOperator(proto, stage=stage, columns=self._columns)
-            if stage.curved
-            else ZeroOperator(proto, sizes=(size_of(stage.controls), size_of(stage.state)))
-            for stage in self.system.stages
-        )
 
     @cached_property
     def q(self) -> tuple[Tensor, ...]:
@@ -299,41 +226,6 @@ class LQRProblem:
     def tangent_kernel(self) -> TangentKernelOperator:
         """K = J R^{-1} J', the tangent kernel of the outputs; shape (n_T, n_T). Needs R > 0."""
         return TangentKernelOperator(self.system.proto, system=self.system, columns=self._columns)
-
-    def value(
-        self, t: int, *, rtol: float | None = None, max_iterations: int | None = None
-    ) -> LinearOperator:
-        """P_t, the matrix of the least cost from layer t on; shape (n_t, n_t), lazy.
-
-        A product is one CG on the tail problem and one adjoint sweep.
-
-        Args:
-            t: 0..T.
-            rtol: Tolerance of that CG. Default: 1e-12 in float64, 1e-6 otherwise.
-            max_iterations: Its limit, 1000 by default; a product that reaches it warns.
-
-        Raises:
-            ValueError: From a product, where the tail problem is unbounded below.
-        """
-        if not 0 <= t <= self.horizon:
-            raise ValueError(f"time {t} is outside of 0..{self.horizon}.")
-        if t == self.horizon:
-            return self.Q[t]
-        return ValueOperator(self.system.proto, **self._tail(t, rtol, max_iterations))
-
-    def gain(
-        self, t: int, *, rtol: float | None = None, max_iterations: int | None = None
-    ) -> LinearOperator:
-        """K_t in u_t = K_t x_t + k_t; shape (m_t, n_t), lazy.
-
-        Args:
-            t: 0..T-1.
-            rtol: Tolerance of the tail CG. Default: 1e-12 in float64, 1e-6 otherwise.
-            max_iterations: Its limit, as for `value`.
-        """
-        if not 0 <= t < self.horizon:
-            raise ValueError(f"time {t} is outside of 0..{self.horizon - 1}.")
-        return GainOperator(self.system.proto, **self._tail(t, rtol, max_iterations))
 
     # ---- the objective
 
@@ -392,27 +284,9 @@ class LQRProblem:
 
     # ---- helpers
 
-    def _state_hessian(self, t: int) -> LinearOperator:
-        system = self.system
-        stage = system.stages[t] if t < self.horizon else None
-        costs, shapes = system.state_costs[t], system.state_shapes(t)
-        if (stage is None or not stage.curved) and not costs:
-            return ZeroOperator(system.proto, sizes=(size_of(shapes), size_of(shapes)))
-        if (stage is None or not stage.curved) and len(costs) == 1 and costs[0].component is None:
-            return costs[0].operator
-        return StateHessianOperator(
-            system.proto, stage=stage, costs=costs, shapes=shapes, columns=self._columns
-        )
-
     def _flat_state(self, part: Tangent, t: int) -> Tensor:
         rows = tuple(None if p is None else p.unsqueeze(0) for p in part)
         return to_rows(rows, self.system.state_shapes(t), self.system.proto, 1)[0]
 
     def _zeros(self, *size: Any) -> Tensor:
         return self.system.proto.new_zeros(*size)
-
-    def _tail(self, t: int, rtol: float | None, max_iterations: int | None) -> dict[str, Any]:
-        system, _ = self.system.tail(t)
-        tolerance = rtol or (1e-12 if self.dtype == torch.float64 else 1e-6)
-        solve = tail_solver(tolerance, max_iterations or 1000)
-        return {"system": system, "solve": solve, "columns": self._columns}

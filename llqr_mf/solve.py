@@ -161,11 +161,11 @@ def _measured(options: Options, found: Found) -> tuple[float, Tensor, int]:
         return found.relative, proto.new_tensor(found.decrease), found.products
     u = found.step
     assert u is not None
-    measured = options.measure(u) if found.measured is None else found.measured
-    if measured is not None:
-        relative = measured.residual / (measured.gradient or 1.0)
-        return relative, u.new_tensor(measured.decrease), found.products + 2
     b, extra = options.b, 1
+    measured = options.measure(u)
+    if measured is not None:
+        norm = float(row_norms(rows_of(b))) or 1.0
+        return measured.residual / norm, u.new_tensor(measured.decrease), found.products + 1
     correction = u if options.previous is None else u - options.previous
     rows, sides = rows_of(correction), rows_of(b)
     left = apply_rows(options.problem.hessian, rows).neg_().add_(sides)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
 from .apply import apply_rows, apply_rows_t
 from .control_cost import ControlCost
-from .tangent import Shape, Tangent, add, from_rows, to_rows
+from .tangent import Shape, Tangent, add, from_rows, square_rows, to_rows
 
 
 class Stage(Protocol):
@@ -66,6 +67,9 @@ class Stage(Protocol):
     def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
         """A x + B R^{-1} B' p, p being that of the record and `inverse` being R^{-1}."""
 
+    def control_squares(self, record: Any, k: int) -> Tensor:
+        """|B' p|^2 of each of the record's k columns, in float64."""
+
 
 def respond_by_controls(
     stage: Stage, x: Tangent, costate: Tangent, inverse: ControlCost
@@ -77,6 +81,13 @@ def respond_by_controls(
         return stage.forward(x, tuple(None for _ in controls))[0]
     rows = inverse.product(to_rows(controls, stage.controls, some, len(some)))
     return stage.forward(x, from_rows(rows, stage.controls))[0]
+
+
+def squares_of_controls(stage: Stage, costate: Tangent, k: int) -> Tensor:
+    """|B' p|^2 through the controls of the whole stage."""
+    _, controls = stage.backward(costate, None, need_state=False)
+    made = [square_rows(part) for part in controls if part is not None]
+    return torch.stack(made).sum(0) if made else torch.zeros(k, dtype=torch.float64)
 
 
 class OperatorStage:
@@ -150,6 +161,10 @@ class OperatorStage:
     def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
         """A x + B R^{-1} B' p."""
         return respond_by_controls(self, x, record, inverse)
+
+    def control_squares(self, record: Any, k: int) -> Tensor:
+        """|B' p|^2."""
+        return squares_of_controls(self, record, k)
 
 
 class StateCost:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import MatrixFreeOperator
 from .control_cost import ControlCost
 from .system import System
-from .tangent import Tangent, from_rows, to_rows
+from .tangent import Tangent, from_rows, square_rows, to_rows
 
 
 class TangentKernelOperator(MatrixFreeOperator):
@@ -36,23 +37,45 @@ class TangentKernelOperator(MatrixFreeOperator):
         return n, n
 
     def _rows(self, v: Tensor) -> Tensor:
+        return self._sweep(v, squares=False)[0]
+
+    def rows_and_squares(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K v for rows v, and |J' v|^2 in float64, which costs next to nothing beside it.
+
+        Args:
+            v: Shape (k, n_T).
+
+        Returns:
+            Shapes (k, n_T) and (k,).
+        """
+        rows, squares = self._sweep(v, squares=True)
+        assert squares is not None
+        return rows, squares
+
+    def _sweep(self, v: Tensor, *, squares: bool) -> tuple[Tensor, Tensor | None]:
         system, k = self.system, len(v)
         shapes = system.state_shapes(system.horizon)
         p: Tangent = from_rows(v, shapes)
+        total = v.new_zeros(k, dtype=torch.float64) if squares else None
         if self._inverses is None:
             # One R spans several layers: its inverse needs the whole control.
-            controls = system.control_cost.inverse_product(system.output_product_t(p, k))
-            return system.output_product(controls)
+            controls = system.output_product_t(p, k)
+            if total is not None:
+                total += square_rows(controls)
+            return system.output_product(system.control_cost.inverse_product(controls)), total
         records = []
         for t in range(system.horizon - 1, -1, -1):
-            p, record = system.stages[t].costate(p, self._inverses[t], need_state=t > 0)
+            stage = system.stages[t]
+            p, record = stage.costate(p, self._inverses[t], need_state=t > 0)
+            if total is not None:
+                total += stage.control_squares(record, k).to(total)
             records.append(record)
         x: Tangent = tuple(None for _ in system.state_shapes(0))
         for stage, record, inverse in zip(
             system.stages, reversed(records), self._inverses, strict=True
         ):
             x = stage.respond(x, record, inverse)
-        return to_rows(x, shapes, system.proto, k)
+        return to_rows(x, shapes, system.proto, k), total
 
 
 def _stage_inverses(system: System) -> list[ControlCost] | None:

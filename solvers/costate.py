@@ -48,10 +48,12 @@ class CostateEquation:
         self.shape = (factor.rank, factor.samples)
         self.cholesky, self.preconditioner = cholesky, preconditioner
         self.direct = cholesky is not None
-        self.iterations = self.products = 0
+        self.iterations = 0
         self.y = q.new_zeros(1, factor.rank * factor.samples, dtype=torch.float64)
-        self.p = q
-        self._look()
+        self.p, self.products = q, 1
+        self.response, square = kernel.rows_and_squares(q)
+        self.gradient_norm = math.sqrt(float(square))
+        self.residual = self._coordinates(self.response)
         self.norm = math.sqrt(max(float((q.double() * self.response.double()).sum()), 0.0))
         self.estimate = self._relative(self.residual)
 

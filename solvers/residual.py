@@ -16,17 +16,15 @@ from .dots import row_dots
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rollout of a step and two costate sweeps say of it.
+    """What one rollout of a step and one costate sweep say of it.
 
     Args:
         residual: |H u + g| (less R times the anchor).
-        gradient: |g|.
         decrease: -(g'u + 1/2 u'H u).
         state: x_T = J u, rows (1, n_T).
     """
 
     residual: float
-    gradient: float
     decrease: float
     state: Tensor
 
@@ -39,7 +37,7 @@ def can_measure(system: System) -> bool:
 def measure(system: System, u: Tensor, q: Tensor, anchor: Tensor | None = None) -> Measured:
     """H u + g - R anchor = J'(Q J u + q) + R (u - anchor), norms only.
 
-    Costs a rollout and two costate sweeps; holds one layer's controls.
+    Costs a rollout and a costate sweep; holds one layer's controls.
 
     Args:
         system: One for which `can_measure` holds.
@@ -60,7 +58,7 @@ def measure(system: System, u: Tensor, q: Tensor, anchor: Tensor | None = None) 
     anchors = None if anchor is None else system.split_control(anchor)
     values = system.control_cost.block_values
     assert values is not None
-    left, slope, total = torch.zeros(3, 1, dtype=torch.float64, device=u.device).unbind()
+    left, slope = torch.zeros(2, 1, dtype=torch.float64, device=u.device).unbind()
     for owned, parts in _sweep(system, curved + q, scratch):
         for i, part in zip(owned, parts, strict=True):
             part.add_(views[i], alpha=values[i])
@@ -68,14 +66,11 @@ def measure(system: System, u: Tensor, q: Tensor, anchor: Tensor | None = None) 
             if anchors is not None:
                 part.add_(anchors[i], alpha=-values[i])
             left = left + _dot(part, part)
-    for _, parts in _sweep(system, q, scratch):
-        for part in parts:
-            total = total + _dot(part, part)
     rising = row_dots(state, q)
     # u'H u = u'(H u + g) - g'u, and g'u = q'J u.
     decrease = -(rising + (slope - rising) / 2)
-    numbers = torch.cat([left.sqrt(), total.sqrt(), decrease]).tolist()
-    return Measured(numbers[0], numbers[1], numbers[2], state)
+    numbers = torch.cat([left.sqrt(), decrease]).tolist()
+    return Measured(numbers[0], numbers[1], state)
 
 
 def _sweep(

@@ -18,7 +18,7 @@ import llqr_mf as lq
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OURS = ("cost_tables", "exact_step", "harness", "hessian_free", "nets", "peak", "product_cost")
-OURS = (*OURS, "scale")
+OURS = (*OURS, "scale", "step_methods")
 
 Load = Callable[[str], ModuleType]
 
@@ -133,7 +133,7 @@ def test_hessian_free_is_right(load: Load) -> None:
 
 def test_peak_memory_has_a_process_of_its_own(load: Load) -> None:
     arguments = {"width": 512, "method": "hessian_free", "damping": 1.0, "rtol": 0.5}
-    found = load("peak").peak_memory("exact_step:prepare_memory", {**arguments, "device": "cpu"})
+    found = load("peak").peak_memory("step_methods:prepare_memory", {**arguments, "device": "cpu"})
     weights = 4 * load("nets").mlp_size(512)
     # Vectors u, r, p and the product at least; not ten times as much, and not this process' peak.
     assert 4 * weights < found["growth"] < 12 * weights
@@ -193,9 +193,10 @@ def test_exact_step(load: Load, measured: list[str], tmp_path: Path) -> None:
         assert row["shown seconds"].startswith("~")
 
 
-def test_true_residual_sees_a_wrong_step(load: Load) -> None:
-    bench = load("exact_step")
-    batch = bench.make(16, "cpu")
+@pytest.mark.parametrize("data", ["random", "digits"])
+def test_true_residual_sees_a_wrong_step(load: Load, data: str) -> None:
+    bench = load("step_methods")
+    batch = bench.make(16, "cpu", data)
     answer = bench.SOLVERS["cg"](batch, 1e-2, 1e-5, 500)
     for dtype in (torch.float32, torch.float64):
         assert bench.true_residual(batch, 1e-2, answer.step, dtype) < 2e-5

@@ -103,9 +103,8 @@ class Found:
         status: How it ended.
         iterations: Of CG or the like.
         products: Condensed products spent.
-        measured: The true residual of the step, where the method has measured it.
-        relative: Relative residual of what is known by its costate alone.
-        decrease: Its model decrease.
+        relative: Relative residual, where the method has measured it.
+        decrease: The model's decrease, likewise.
         extra: Further fields of a `Solution`.
     """
 
@@ -113,7 +112,6 @@ class Found:
     status: Any
     iterations: int = 0
     products: int = 0
-    measured: Measured | None = None
     relative: float | None = None
     decrease: float | None = None
     extra: dict[str, Any] | None = None

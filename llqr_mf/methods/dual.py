@@ -87,7 +87,6 @@ def _by_costate(
         status,
         equation.iterations,
         equation.products + 2,
-        measured=measured,
         relative=relative,
         decrease=None if measured is None else measured.decrease,
         extra={"costate": equation.p[0]},
@@ -116,7 +115,7 @@ def _formed(
         measured = options.measure(rows[0])
         if measured is None:
             return rows[0], None, equation.estimate
-        before, relative = relative, measured.residual / (measured.gradient or 1.0)
+        before, relative = relative, measured.residual / (equation.gradient_norm or 1.0)
         done = relative <= options.rtol or not relative < before / 2
         if done or turn == ROUNDS - 1 or equation.iterations >= limit:
             break

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..operators.control_cost import ControlCost
-from ..operators.stage import respond_by_controls
+from ..operators.stage import respond_by_controls, squares_of_controls
 from ..operators.tangent import Tangent, add
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ def respond(stage: NetworkStage, x: Tangent, record: Any, inverse: ControlCost) 
             if y is not None:
                 moved[i] = y
     return tuple(moved.get(i) for i in stage.next_ids)
+
+
+def control_squares(stage: NetworkStage, record: Any, k: int) -> Tensor:
+    """|B' p|^2 of each column, call by call."""
+    if isinstance(record, tuple):
+        return squares_of_controls(stage, record, k)
+    own = set(stage.control_ids)
+    nodes = stage.linearized() if record else ()
+    made = [
+        nodes[place].node.pulled_squares(cotangents, index)
+        for place, cotangents in record.items()
+        for index, i in enumerate(nodes[place].inputs)
+        if i in own
+    ]
+    return torch.stack(made).sum(0) if made else torch.zeros(k, dtype=torch.float64)
 
 
 def _state_only(stage: NetworkStage, costate: Tangent, need_state: bool) -> Tangent:

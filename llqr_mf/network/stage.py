@@ -12,7 +12,7 @@ from torch import Tensor
 from ..operators.control_cost import ControlCost
 from ..operators.tangent import Shape, Tangent, add
 from ..rules.base import Curvature
-from .feedback import keep_costates, respond
+from .feedback import control_squares, keep_costates, respond
 from .linearize import BoundNode, Linearization, Remake
 from .snapshot import Snapshot
 
@@ -125,6 +125,10 @@ class NetworkStage:
     def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
         """A x + B R^{-1} B' p, p being that of the record."""
         return respond(self, x, record, inverse)
+
+    def control_squares(self, record: Any, k: int) -> Tensor:
+        """|B' p|^2 of each of the record's k columns, in float64."""
+        return control_squares(self, record, k)
 
     def _check(self) -> None:
         # A compiler could only bake the answer in: whoever calls compiled code checks before it.

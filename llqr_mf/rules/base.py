@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ..operators.tangent import square_rows
 from . import gram
 from .gram import Deltas, Rows, Term
 
@@ -213,6 +214,15 @@ class Node(ABC):
         pulled = self.pull_all(cotangents, needed, [None] * len(needed))[index]
         if pulled is not None:
             target.add_(pulled[0], alpha=scale)
+
+    def pulled_squares(self, cotangents: Sequence[Tensor | None], index: int) -> Tensor:
+        """Squared norms of what each column pulls back to an input, in float64; shape (k,)."""
+        needed = [i == index for i in range(len(self.inputs))]
+        pulled = self.pull_all(cotangents, needed, [None] * len(needed))[index]
+        if pulled is not None:
+            return square_rows(pulled)
+        some = next(c for c in cotangents if c is not None)
+        return torch.zeros(len(some), dtype=torch.float64, device=some.device)
 
     # ---- the dual's Gram matrix
 

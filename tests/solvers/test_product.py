@@ -17,6 +17,9 @@ from torch import Tensor
 ELSEWHERE = torch.device("cpu", 0)
 """Not equal to the device of CPU tensors, so that it stands for another device."""
 
+PIECES = 2**21 * (torch.get_num_threads() + 1)
+"""Two pieces in float64 per thread, and small change."""
+
 
 class Diagonal(MatrixFreeOperator):
     """A diagonal matrix that writes its products into the buffer it is given."""
@@ -119,7 +122,7 @@ def test_float32_vectors_are_x_r_p_and_the_product(kind: str) -> None:
     made = 3 if kind == "in place" else 4
     # Two pieces in float64 are half of the 2^20 bytes that are left for the rest.
     assert memory.largest <= b.nbytes
-    assert memory.peak <= made * b.nbytes + 2**22
+    assert memory.peak <= made * b.nbytes + PIECES
     # The answer alone outlives the solve.
     assert sum(not held[0].expired() for held in memory.alive.values() if held[1] > 2**22) == 1
 
@@ -138,7 +141,7 @@ def test_a_callable_that_makes_its_products_holds_one_at_a_time() -> None:
         )
     assert result.products >= 2
     # x, r, p, A p and M r.
-    assert memory.peak <= 5 * b.nbytes + 2**22
+    assert memory.peak <= 5 * b.nbytes + PIECES
 
 
 def test_minres_holds_one_product_at_a_time() -> None:
@@ -147,7 +150,7 @@ def test_minres_holds_one_product_at_a_time() -> None:
     with LiveBytes() as memory:
         minres(lambda v: v * d, b, recurrence_dtype=torch.float32, max_iterations=4, rtol=0.0)
     # x, r, two Lanczos vectors, z, two directions and A z.
-    assert memory.peak <= 8 * b.nbytes + 2**22
+    assert memory.peak <= 8 * b.nbytes + PIECES
 
 
 def test_float64_vectors_of_a_float32_operator() -> None:
@@ -158,7 +161,7 @@ def test_float64_vectors_of_a_float32_operator() -> None:
         result = cg(Diagonal(d), b, preconditioner=inverse, rtol=1e-6)
     assert result.status.ok
     # x, r, p, A p and M r are twice as long; then what is multiplied, its product and the answer.
-    assert memory.peak <= (5 * 2 + 3) * b.nbytes + 2**22
+    assert memory.peak <= (5 * 2 + 3) * b.nbytes + PIECES
 
 
 # ---- a start again
