@@ -25,8 +25,9 @@ def apply_step_(problem: LQRProblem, solution: Solution, *, scale: float = 1.0) 
         scale: Times the step.
 
     Raises:
-        ValueError: The problem is not a network's, the solve did not succeed in finite numbers, or
-            damping is not a number on every layer. Nothing has been changed by then.
+        ValueError: The problem is not a network's, or the step is not finite. Nothing has been
+            changed by then.
+        RuntimeError: The step is unformed and the weights have changed since the problem was made.
     """
     if problem.origin is None:
         raise ValueError("apply_step_ needs a problem made from a network: use solution.step.")
@@ -37,14 +38,13 @@ def apply_step_(problem: LQRProblem, solution: Solution, *, scale: float = 1.0) 
         for name, part in problem.unflatten(solution.formed).items():
             targets[name].add_(part, alpha=scale)
         return
-    values = problem.control_cost.block_values
-    if values is None or solution.costate is None:
-        raise ValueError("an unformed step needs damping by numbers: solve with form_step=True.")
+    assert solution.costate is not None and solution.damping is not None
+    problem.system.check()
     add_controls(
         problem,
         solution.costate.unsqueeze(0),
         [targets[name] for name in problem.names],
-        [-scale / value for value in values],
+        [-scale / value for value in solution.damping],
     )
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .network import NetworkStage
-from .network.linearize import Forgotten
 from .operators.base import MatrixFreeOperator
 from .problem import LQRProblem
 from .rules.base import Node, Scales, Tangents
@@ -20,14 +19,14 @@ from .rules.conv import ConvNode
 from .rules.gram import Deltas, Term
 from .rules.linear import LinearNode
 
-Products = Literal["bf16", "tf32"]
+Narrow = Literal["bf16", "tf32"]
 
 CHUNK = 2**20
 """Weights converted at a time: a copy that stays in the cache and is given back at once."""
 
 
 def wide_and_narrow(
-    problem: LQRProblem, products: Products
+    problem: LQRProblem, products: Narrow
 ) -> tuple[MatrixFreeOperator, MatrixFreeOperator]:
     """H exactly, and H with its GEMMs in low precision; both of the problem's dtype and device.
 
@@ -90,7 +89,10 @@ def low_precision_twin(problem: LQRProblem, dtype: torch.dtype = torch.bfloat16)
             "lower. Leave `products` out."
         )
     if problem.origin.linearization.remakes:
-        raise Forgotten.error()
+        raise ValueError(
+            "products in bfloat16 need the layers' linearisation, which checkpoint=True lets go: "
+            "make the problem without it."
+        )
     casts = _Casts(dtype)
     twins = tuple(_twin_stage(stage, casts) for stage in stages)  # type: ignore[arg-type]
     if not casts.readers:

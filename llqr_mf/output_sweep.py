@@ -221,10 +221,21 @@ def add_controls(
     for _, cotangents in pulled:
         if not all(c is None or bool(torch.isfinite(c).all()) for c in cotangents):
             raise ValueError("the step has entries that are NaN or infinite: it was not applied.")
+    storages = {target.untyped_storage().data_ptr() for target in targets}
+    in_place, formed = [], []
     for bound, cotangents in pulled:
         for index, i in enumerate(bound.inputs):
-            if i < len(targets):
-                bound.node.add_pulled(cotangents, index, targets[i], scales[i])
+            if i < len(targets) and bound.node.reads_none_of(storages):
+                in_place.append((bound.node, cotangents, index, i))
+            elif i < len(targets):
+                # A product of two parameters reads one to pull back to the other.
+                part = torch.zeros_like(targets[i])
+                bound.node.add_pulled(cotangents, index, part, scales[i])
+                formed.append((i, part))
+    for node, cotangents, index, i in in_place:
+        node.add_pulled(cotangents, index, targets[i], scales[i])
+    for i, part in formed:
+        targets[i].add_(part)
 
 
 # ---- samples

@@ -28,6 +28,7 @@ class Solution:
         direction: A direction of negative curvature, where asked for and met.
         costate: p_T, flat (n_T,), where the dual found it: u = -R^{-1} J' p_T (plus what momentum
             carried on).
+        damping: With `costate`: R's number for every parameter.
     """
 
     formed: Tensor | None
@@ -41,6 +42,7 @@ class Solution:
     gains: tuple[LinearOperator, ...] | None = None
     direction: Tensor | None = None
     costate: Tensor | None = None
+    damping: tuple[float, ...] | None = None
 
     @property
     def step(self) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from .choose import HALF, Method, choose, only_some
+from .low_precision import tensor_float32
 from .methods import METHODS, Found, Options
 from .methods.base import Products, rows_of, worst
 from .operators.apply import apply_rows, as_operator
@@ -132,7 +134,7 @@ def solve(
     if not form_step and not options.in_output_space:
         raise ValueError("form_step=False is for a network's own gradient: leave `rhs` out.")
     with torch.no_grad():
-        _check_finite(options)
+        _check_finite(options, name)
         return _solution(options, name, reason, METHODS[name](options))
 
 
@@ -162,7 +164,9 @@ def _measured(options: Options, found: Found) -> tuple[float, Tensor, int]:
     u = found.step
     assert u is not None
     b, extra = options.b, 1
-    measured = options.measure(u)
+    with tensor_float32(False) if options.products in ("bf16", "tf32") else nullcontext():
+        # An ambient TF32 would make another operator of H than the one that was solved.
+        measured = options.measure(u)
     if measured is not None:
         norm = float(row_norms(rows_of(b))) or 1.0
         return measured.residual / norm, u.new_tensor(measured.decrease), found.products + 1
@@ -195,12 +199,12 @@ def _check_right_hand_side(problem: Problem, rhs: Tensor | None) -> None:
         )
 
 
-def _check_finite(options: Options) -> None:
+def _check_finite(options: Options, method: str) -> None:
     what = "the gradient"
     if options.rhs is not None:
         what, tensor = "rhs", options.rhs
-    elif options.in_output_space:
-        # The gradient of the weights is not formed for this.
+    elif options.in_output_space and method == "dual":
+        # The gradient of the weights is not formed for this; its norm is looked at later.
         tensor = options.problem.output_gradient  # type: ignore[union-attr]
     else:
         tensor = options.problem.gradient
@@ -218,10 +222,12 @@ def _carried(
         raise ValueError(f"momentum is {momentum}: give a number in [0, 1).")
     if rhs is not None or not form_step:
         raise ValueError("`previous` goes with the gradient and a formed step: leave `rhs` out.")
-    if previous.shape != (problem.size,) or previous.dtype != problem.dtype:
+    fits = previous.dtype == problem.dtype and previous.device == problem.device
+    if previous.shape != (problem.size,) or not fits:
         raise ValueError(
-            f"previous has shape {tuple(previous.shape)} and dtype {previous.dtype}: give the last "
-            f"step, ({problem.size},) of {problem.dtype}."
+            f"previous has shape {tuple(previous.shape)} and is {previous.dtype} on "
+            f"{previous.device}: give the last step, ({problem.size},) of {problem.dtype} on "
+            f"{problem.device}."
         )
     if not bool(torch.isfinite(previous).all()):
         raise ValueError("previous has entries that are NaN or infinite: leave it out.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .apply import apply_rows, apply_rows_t
 from .control_cost import ControlCost
-from .tangent import Shape, Tangent, add, from_rows, square_rows, to_rows
+from .tangent import SQUARED, Shape, Tangent, add, from_rows, to_rows
 
 
 class Stage(Protocol):
@@ -67,8 +67,8 @@ class Stage(Protocol):
     def respond(self, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
         """A x + B R^{-1} B' p, p being that of the record and `inverse` being R^{-1}."""
 
-    def control_squares(self, record: Any, k: int) -> Tensor:
-        """|B' p|^2 of each of the record's k columns, in float64."""
+    def control_squares(self, record: Any, inverse: ControlCost, k: int) -> Tensor:
+        """|B' p|^2 and p'B R^{-1} B' p of the record's k columns, in float64, (2, k)."""
 
 
 def respond_by_controls(
@@ -83,11 +83,25 @@ def respond_by_controls(
     return stage.forward(x, from_rows(rows, stage.controls))[0]
 
 
-def squares_of_controls(stage: Stage, costate: Tangent, k: int) -> Tensor:
-    """|B' p|^2 through the controls of the whole stage."""
+def squares_of_controls(stage: Stage, costate: Tangent, inverse: ControlCost, k: int) -> Tensor:
+    """|B' p|^2 and p'B R^{-1} B' p through the controls of the whole stage, (2, k)."""
     _, controls = stage.backward(costate, None, need_state=False)
-    made = [square_rows(part) for part in controls if part is not None]
-    return torch.stack(made).sum(0) if made else torch.zeros(k, dtype=torch.float64)
+    some = next((part for part in controls if part is not None), None)
+    if some is None:
+        return torch.zeros(2, k, dtype=torch.float64)
+    rows = to_rows(controls, stage.controls, some, len(some))
+    return dots_of_rows(rows, inverse.product(rows))
+
+
+def dots_of_rows(rows: Tensor, scaled: Tensor) -> Tensor:
+    """Dot products of rows with themselves and with scaled ones, in float64, (2, k)."""
+    parts = max(1, SQUARED // max(1, len(rows)))
+    total = torch.zeros(2, len(rows), dtype=torch.float64, device=rows.device)
+    for a, b in zip(rows.split(parts, dim=1), scaled.split(parts, dim=1), strict=True):
+        wide = a.double()
+        total[0] += wide.square().sum(1)
+        total[1] += (wide * b.double()).sum(1)
+    return total
 
 
 class OperatorStage:
@@ -162,9 +176,9 @@ class OperatorStage:
         """A x + B R^{-1} B' p."""
         return respond_by_controls(self, x, record, inverse)
 
-    def control_squares(self, record: Any, k: int) -> Tensor:
-        """|B' p|^2."""
-        return squares_of_controls(self, record, k)
+    def control_squares(self, record: Any, inverse: ControlCost, k: int) -> Tensor:
+        """|B' p|^2 and p'B R^{-1} B' p."""
+        return squares_of_controls(self, record, inverse, k)
 
 
 class StateCost:

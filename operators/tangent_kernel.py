@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .base import MatrixFreeOperator
 from .control_cost import ControlCost
+from .stage import dots_of_rows
 from .system import System
-from .tangent import Tangent, from_rows, square_rows, to_rows
+from .tangent import Tangent, from_rows, to_rows
 
 
 class TangentKernelOperator(MatrixFreeOperator):
@@ -40,13 +41,14 @@ class TangentKernelOperator(MatrixFreeOperator):
         return self._sweep(v, squares=False)[0]
 
     def rows_and_squares(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K v for rows v, and |J' v|^2 in float64, which costs next to nothing beside it.
+        """K v for rows v, and squares that cost next to nothing beside it.
 
         Args:
             v: Shape (k, n_T).
 
         Returns:
-            Shapes (k, n_T) and (k,).
+            K v, shape (k, n_T); |J' v|^2 and |R^{-1/2} J' v|^2 in float64, shape (2, k). (v'K v is
+            the latter, too, but for the rounding of K v.)
         """
         rows, squares = self._sweep(v, squares=True)
         assert squares is not None
@@ -56,19 +58,20 @@ class TangentKernelOperator(MatrixFreeOperator):
         system, k = self.system, len(v)
         shapes = system.state_shapes(system.horizon)
         p: Tangent = from_rows(v, shapes)
-        total = v.new_zeros(k, dtype=torch.float64) if squares else None
+        total = v.new_zeros(2, k, dtype=torch.float64) if squares else None
         if self._inverses is None:
             # One R spans several layers: its inverse needs the whole control.
             controls = system.output_product_t(p, k)
+            scaled = system.control_cost.inverse_product(controls)
             if total is not None:
-                total += square_rows(controls)
-            return system.output_product(system.control_cost.inverse_product(controls)), total
+                total += dots_of_rows(controls, scaled)
+            return system.output_product(scaled), total
         records = []
         for t in range(system.horizon - 1, -1, -1):
             stage = system.stages[t]
             p, record = stage.costate(p, self._inverses[t], need_state=t > 0)
             if total is not None:
-                total += stage.control_squares(record, k).to(total)
+                total += stage.control_squares(record, self._inverses[t], k).to(total)
             records.append(record)
         x: Tangent = tuple(None for _ in system.state_shapes(0))
         for stage, record, inverse in zip(

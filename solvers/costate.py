@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..operators.tangent_kernel import TangentKernelOperator
 from .cg import cg
-from .dual import Factor
-from .krylov import RowProduct
+from .coordinates import Coordinates, Factor, solve_by_cholesky
 
 CONTRACTION = 0.25
 """A correction that shrinks the residual less than this is followed by CG's."""
@@ -32,6 +32,9 @@ class CostateEquation:
         q: Gradient at the last state; rows (1, n_T).
         cholesky: Factor of I + G, G about L'K L, float64 (rN, rN); None for matrix-free CG.
         preconditioner: For matrix-free CG: rows (k, rN) to rows, about (I + G)^{-1}.
+
+    Raises:
+        ValueError: J'q is not finite.
     """
 
     def __init__(
@@ -41,37 +44,44 @@ class CostateEquation:
         q: Tensor,
         *,
         cholesky: Tensor | None = None,
-        preconditioner: RowProduct | None = None,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        assert factor.rank is not None
-        self.kernel, self.factor, self.q = kernel, factor, q
-        self.shape = (factor.rank, factor.samples)
+        self.kernel, self.coordinates, self.q = kernel, Coordinates(factor), q
         self.cholesky, self.preconditioner = cholesky, preconditioner
         self.direct = cholesky is not None
-        self.iterations = 0
-        self.y = q.new_zeros(1, factor.rank * factor.samples, dtype=torch.float64)
-        self.p, self.products = q, 1
-        self.response, square = kernel.rows_and_squares(q)
-        self.gradient_norm = math.sqrt(float(square))
-        self.residual = self._coordinates(self.response)
-        self.norm = math.sqrt(max(float((q.double() * self.response.double()).sum()), 0.0))
+        self.iterations, self.products = 0, 1
+        self.y = q.new_zeros(1, self.coordinates.size, dtype=torch.float64)
+        self.p = q
+        self.response, squares = kernel.rows_and_squares(q)
+        self.gradient_norm, self.norm = squares.sqrt().flatten().tolist()
+        if not math.isfinite(self.norm):
+            raise ValueError(
+                "the gradient has entries that are NaN or infinite: there is no step. Look at the "
+                "layers' derivatives on this batch."
+            )
+        self.residual = self.coordinates.seen(self.response)
         self.estimate = self._relative(self.residual)
 
     def solve(self, rtol: float, max_iterations: int, *, progress: bool = False) -> None:
         """Corrects y until the estimated residual is at most rtol, or no longer falls.
 
-        It leaves `p` with its `response`, K p.
+        It leaves the best `p` that was met, with its `response`, K p.
         """
         before = math.inf
         while self.estimate > rtol and self.iterations < max_iterations:
             if not self.estimate < before / 2:
                 return
-            ratio, before = self.estimate / before, self.estimate
-            if ratio > CONTRACTION and before < 1:
+            if CONTRACTION < self.estimate / before < 1 and before < math.inf:
                 self.direct = False
+            before = self.estimate
+            kept = self.y, self.p, self.response, self.residual, self.estimate
             self.correct(self.residual, rtol, max_iterations, progress=progress)
-            self._look()
+            self.response = self._respond(self.p)
+            self.residual = self.y + self.coordinates.seen(self.response)
             self.estimate = self._relative(self.residual)
+            if not self.estimate < before:
+                self.y, self.p, self.response, self.residual, self.estimate = kept
+                return
 
     def correct(
         self, residual: Tensor, rtol: float, max_iterations: int, *, progress: bool = False
@@ -88,13 +98,14 @@ class CostateEquation:
             By how much p has changed, a row (1, n_T).
         """
         if self.direct:
-            change = -self._by_cholesky(residual)
+            assert self.cholesky is not None
+            change = -solve_by_cholesky(self.cholesky, residual)
         else:
             # Half of what is wanted leaves room for the rounding of one product.
             inner = cg(
                 self._matrix,
                 residual.mT,
-                preconditioner=self.preconditioner if self.cholesky is None else self._by_cholesky,
+                preconditioner=self._precondition,
                 rtol=min(0.5, 0.5 * rtol / max(self.estimate, rtol)),
                 max_iterations=max(1, max_iterations - self.iterations),
                 recurrence_dtype=torch.float64,
@@ -103,34 +114,36 @@ class CostateEquation:
             self.iterations += inner.iterations
             change = -inner.x.mT
         self.y = self.y + change
-        self.p = (self.q.double() + self._spread(self.y)).to(self.q.dtype)
-        return self._spread(change).to(self.q.dtype)
+        self.p = (self.q.double() + self.coordinates.spread(self.y)).to(self.q.dtype)
+        return self.coordinates.spread(change).to(self.q.dtype)
 
     def observed(self, state: Tensor) -> Tensor:
         """S = y - L'x for the last state x = J u that a step u reached; rows (1, n_T)."""
-        return self.y - self._coordinates(state)
+        return self.y - self.coordinates.seen(state)
 
-    def _look(self) -> None:
-        """K p, and the residual s of the p there is."""
-        self.response = self._respond(self.p)
-        self.residual = self.y + self._coordinates(self.response)
+    def unformed_residual(self) -> float:
+        """|H u + g| / |g| of u = -R^{-1} J' p, the rounding of p included.
+
+        With e what p was rounded by, H u + g = -J'(L s + e).
+        """
+        exact = self.q.double() + self.coordinates.spread(self.y)
+        left = self.coordinates.spread(self.residual) + (self.p.double() - exact)
+        self.products += 1
+        _, squares = self.kernel.rows_and_squares(left.to(self.q.dtype))
+        return math.sqrt(float(squares[0])) / (self.gradient_norm or 1.0)
 
     def _respond(self, p: Tensor) -> Tensor:
         self.products += 1
         return self.kernel._rows(p)
 
-    def _coordinates(self, state: Tensor) -> Tensor:
-        return self.factor.factor_t(state.double()).flatten(1)
-
-    def _spread(self, y: Tensor) -> Tensor:
-        return self.factor.factor(y.reshape(len(y), *self.shape))
-
     def _matrix(self, y: Tensor) -> Tensor:
-        return y + self._coordinates(self._respond(self._spread(y).to(self.q.dtype)))
+        outputs = self.coordinates.spread(y).to(self.q.dtype)
+        return y + self.coordinates.seen(self._respond(outputs))
 
-    def _by_cholesky(self, s: Tensor) -> Tensor:
-        assert self.cholesky is not None
-        return torch.cholesky_solve(s.double().mT, self.cholesky).mT
+    def _precondition(self, y: Tensor) -> Tensor:
+        if self.cholesky is not None:
+            return solve_by_cholesky(self.cholesky, y)
+        return y if self.preconditioner is None else self.preconditioner(y)
 
     def _relative(self, s: Tensor) -> float:
         """|R^{-1/2} J'L s| / |R^{-1/2} J'q|."""
@@ -139,5 +152,7 @@ class CostateEquation:
         if self.cholesky is not None:
             square = float((s @ self.cholesky).square().sum() - s.square().sum())
         else:
-            square = float((s * (self._matrix(s) - s)).sum())
+            self.products += 1
+            outputs = self.coordinates.spread(s).to(self.q.dtype)
+            square = float(self.kernel.rows_and_squares(outputs)[1][1])
         return math.sqrt(max(square, 0.0)) / self.norm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,25 +11,13 @@ from torch import Tensor
 from ..operators.system import System
 from ..operators.tangent import from_rows
 from .cg import CGResult, cg
+from .coordinates import Coordinates, Factor, solve_by_cholesky
 from .dots import row_norms
 from .product import RowProduct
 from .status import Code, Status
 
 GRAM_PASS = 32
 """Columns per pass when the Gram matrix is formed by products."""
-
-
-class Factor(Protocol):
-    """Q_T = L L', with L block diagonal over samples."""
-
-    samples: int
-    rank: int | None
-
-    def factor(self, z: Tensor) -> Tensor:
-        """L z, (k, r, N) to (k, n_T)."""
-
-    def factor_t(self, v: Tensor) -> Tensor:
-        """L' v, (k, n_T) to (k, r, N)."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +69,7 @@ class Dual:
                 "the dual solve needs a terminal cost alone: this problem has costs on other "
                 "layers or second-order terms; use method='cg'."
             )
-        assert factor.rank is not None
-        self.system, self.factor = system, factor
-        self.shape = (factor.rank, factor.samples)
+        self.system, self.coordinates = system, Coordinates(factor)
         self._cholesky = None if gram is None else safe_cholesky(gram)
         self._approximate = preconditioner if gram is None else self._precondition
 
@@ -101,7 +86,7 @@ class Dual:
         """
         system = self.system
         norm = row_norms(b)
-        limit = max(1, self.shape[0] * self.shape[1] if max_iterations is None else max_iterations)
+        limit = max(1, self.coordinates.size if max_iterations is None else max_iterations)
         iterations, products = 0, 0
         u, left = torch.zeros_like(b), b
         residual = (norm != 0).to(norm)
@@ -148,8 +133,7 @@ class Dual:
 
     def _observe(self, u: Tensor) -> Tensor:
         """L'J u as float64 rows (k, r N)."""
-        flat = self.system.output_product(u)
-        return self.factor.factor_t(flat).flatten(1).double()
+        return self.coordinates.seen(self.system.output_product(u))
 
     def _correction(
         self, b: Tensor, rtol: float, max_iterations: int, progress: bool
@@ -170,8 +154,8 @@ class Dual:
     def _spread(self, y: Tensor) -> Tensor:
         """R^{-1} J'L y, float64 rows (k, r N) to rows (k, P)."""
         system = self.system
-        z = y.reshape(len(y), *self.shape).to(system.proto.dtype)
-        costate = from_rows(self.factor.factor(z), system.state_shapes(system.horizon))
+        outputs = self.coordinates.spread(y).to(system.proto.dtype)
+        costate = from_rows(outputs, system.state_shapes(system.horizon))
         return system.control_cost.inverse_product(system.output_product_t(costate, len(y)))
 
     def _matrix(self, y: Tensor) -> Tensor:
@@ -180,13 +164,13 @@ class Dual:
 
     def _precondition(self, y: Tensor) -> Tensor:
         assert self._cholesky is not None
-        return torch.cholesky_solve(y.double().mT, self._cholesky).mT
+        return solve_by_cholesky(self._cholesky, y)
 
 
 def gram_by_products(system: System, factor: Factor) -> Tensor:
     """G = L'J R^{-1} J'L column by column, `GRAM_PASS` at a time, for any network and any R."""
     dual = Dual(system, factor, None)
-    size = dual.shape[0] * dual.shape[1]
+    size = dual.coordinates.size
     eye = torch.eye(size, dtype=torch.float64, device=system.proto.device)
     rows = [dual._observe(dual._spread(part)) for part in eye.split(GRAM_PASS) if size]
     gram = torch.cat([eye[:0], *rows])
@@ -195,6 +179,10 @@ def gram_by_products(system: System, factor: Factor) -> Tensor:
 
 def safe_cholesky(gram: Tensor) -> Tensor:
     """Cholesky factor of I + G in float64, with G's rounding-made negative part taken off."""
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError(
+            "the Gram matrix is not finite: look at the layers' derivatives on this batch."
+        )
     matrix = gram.double().clone()
     matrix.diagonal().add_(1)
     factor, info = torch.linalg.cholesky_ex(matrix)

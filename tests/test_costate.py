@@ -16,8 +16,10 @@ import llqr_mf as lq
 from llqr_mf.metrics import Fisher
 
 
-def build(name="mlp", **options):
+def build(name="mlp", dtype=F64, **options):
     model, inputs, targets = network(name)
+    model = model.to(dtype)
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     options = {"loss": "cross_entropy", "damping": 0.05} | options
     problem = lq.LQRProblem.from_network(lq.split(model), inputs, targets, **options)
     return model, problem
@@ -100,8 +102,115 @@ def test_the_streamed_residual_is_the_true_one(name):
     left = problem.hessian @ u + problem.gradient
     assert found.residual == pytest.approx(float(left.norm()), rel=1e-10)
     _, square = problem.tangent_kernel.rows_and_squares(problem.output_gradient)
-    assert float(square) == pytest.approx(float(problem.gradient.square().sum()), rel=1e-10)
+    assert float(square[0]) == pytest.approx(float(problem.gradient.square().sum()), rel=1e-10)
     assert found.decrease == pytest.approx(-float(problem.objective(u)), rel=1e-8)
+
+
+class Weights(nn.Module):
+    """Weights that are inputs, products of weights, and weights read twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.z = nn.Parameter(0.3 * torch.randn(6, width))
+        self.W = nn.Parameter(torch.randn(width, width) / width**0.5)
+        self.a = nn.Parameter(torch.randn(width, 5) / 3)
+        self.b = nn.Parameter(torch.randn(width, 5))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(nn.functional.linear(x, self.a * self.b))
+        h = h + nn.functional.linear(self.z, self.W) + self.z.view(6, -1) @ (self.W * self.W)
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("width", [8, 40])
+def test_weights_that_meet_weights(width):
+    """The wider one takes the kernel's fast path, where the layer's input is a weight."""
+    torch.manual_seed(0)
+    model = Weights(width).double()
+    x, y = normal(6, 5, seed=1), torch.arange(6) % 3
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="cross_entropy", damping=0.2)
+    J = problem.output_jacobian.to_dense()
+    assert relative(problem.tangent_kernel.to_dense(), 5 * J @ J.mT) < 1e-10
+    step = lq.solve(problem, "cg", rtol=1e-11).step
+    unformed = lq.solve(problem, "dual", rtol=1e-11, form_step=False)
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    lq.apply_step_(problem, unformed)
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert relative(after - before, step) < 1e-8
+
+
+def test_an_unformed_step_is_applied_once_and_with_its_own_damping():
+    model, problem = build()
+    solution = lq.solve(problem, "dual", rtol=1e-10, form_step=False)
+    wanted = lq.solve(problem, "dual", rtol=1e-10).step
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    lq.apply_step_(problem.with_damping(7.0), solution)
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert relative(after - before, wanted) < 1e-7
+    with pytest.raises(RuntimeError):
+        lq.apply_step_(problem, solution)
+    assert torch.equal(after, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+
+
+def test_a_stationary_point_in_float32():
+    """J'q is zero to rounding where q is not: what is left of the costate is its rounding."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 5), torch.randn(64, 2)
+    model = nn.Linear(5, 2)
+    ones = torch.cat([x, torch.ones(64, 1)], 1).double()
+    best = torch.linalg.lstsq(ones, y.double()).solution
+    with torch.no_grad():
+        model.weight.copy_(best[:5].mT)
+        model.bias.copy_(best[5])
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="mse", damping=1e-3)
+    solution = lq.solve(problem, "dual", form_step=False, rtol=1e-2)
+    pulled = problem.output_jacobian.mT @ solution.costate
+    left = problem.hessian @ (-1e3 * pulled) + problem.gradient
+    assert float(left.norm() / problem.gradient.norm()) > 1
+    assert not solution.status.ok and solution.residual_norm > 1
+
+
+def test_an_operator_as_damping_is_measured():
+    from linear_operator.operators import DiagLinearOperator
+
+    _, problem = build(damping=DiagLinearOperator(torch.linspace(0.1, 2, 73, dtype=F64)))
+    solution = lq.solve(problem, "dual", rtol=1e-9)
+    left = problem.hessian @ solution.step + problem.gradient
+    measured = float(left.norm() / problem.gradient.norm())
+    assert solution.residual_norm == pytest.approx(measured, rel=1e-3, abs=1e-14)
+    with pytest.raises(ValueError, match="damping by numbers"):
+        lq.solve(problem, "dual", form_step=False)
+
+
+def test_the_residual_of_an_unformed_step_is_the_plain_one():
+    """Not that in the norm of R^{-1}, where dampings differ."""
+    _, problem = build(damping=[1e-4, 0, 1.0, 0, 1e-2], dtype=torch.float32)
+    solution = lq.solve(problem, "dual", rtol=1e-12, form_step=False)
+    pulled = (problem.output_jacobian.mT @ solution.costate).unsqueeze(0)
+    step = -problem.control_cost.inverse_product(pulled)[0]
+    wide = build(damping=[1e-4, 0, 1.0, 0, 1e-2])[1]
+    left = wide.hessian @ step.double() + wide.gradient
+    true = float(left.norm() / wide.gradient.norm())
+    # Both are rounding; they agree in size.
+    assert solution.residual_norm < 1e-4 and true < 1e-3
+
+
+class Root(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0).sqrt()
+
+
+def test_a_derivative_that_is_not_finite_is_said():
+    model = nn.Sequential(nn.Linear(3, 4), Root(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    x, y = normal(5, 3, seed=1), torch.arange(5) % 2
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="cross_entropy", damping=0.1)
+    for method in ("dual", "cg", "low_rank"):
+        with pytest.raises(ValueError, match=r"finite|NaN or infinite"):
+            lq.solve(problem, method)
 
 
 # ---- momentum
@@ -140,9 +249,18 @@ def test_momentum_that_does_not_fit():
         ({"previous": old * float("inf")}, "NaN or infinite"),
         ({"previous": old, "momentum": 1.0}, r"number in \[0, 1\)"),
         ({"previous": old, "rhs": old}, "leave `rhs` out"),
+        ({"previous": old, "radius": 1.0, "method": "cg"}, "`radius` bounds the whole step"),
     ):
         with pytest.raises(ValueError, match=words):
-            lq.solve(problem, "dual", **given)
+            lq.solve(problem, **({"method": "dual"} | given))
+
+
+def test_momentum_with_a_warm_start():
+    _, problem = build()
+    old = normal(problem.size, seed=5)
+    cold = lq.solve(problem, "cg", previous=old, rtol=1e-9)
+    warm = lq.solve(problem, "cg", previous=old, initial=cold.step, rtol=1e-8)
+    assert warm.iterations == 0 and relative(warm.step, cold.step) < 1e-12
 
 
 # ---- memory

@@ -68,6 +68,13 @@ class Options:
         bent = apply_rows(self.problem.hessian, rows)
         return b - bent[0] + self.problem.control_cost.product(rows)[0]
 
+    @property
+    def initial_correction(self) -> Tensor | None:
+        """Where CG starts, which solves for the correction."""
+        if self.initial is None or self.previous is None:
+            return self.initial
+        return self.initial - self.previous
+
     def complete(self, correction: Tensor) -> Tensor:
         """The step of which b's solution is the correction."""
         return correction if self.previous is None else correction + self.previous

@@ -17,7 +17,7 @@ from ..solvers.costate import CostateEquation
 from ..solvers.dots import row_dots
 from ..solvers.dual import Dual, safe_cholesky
 from ..solvers.nystrom import Nystrom
-from ..solvers.residual import Measured
+from ..solvers.residual import Measured, can_measure
 from ..solvers.status import Code, Status
 from .base import Found, Options, like, rows_of
 
@@ -37,12 +37,15 @@ def by_dual(options: Options) -> Found:
     problem = options.problem
     assert isinstance(problem, LQRProblem)
     factor = factors.output_factor(problem)
+    by_costate = options.in_output_space and can_measure(problem.system)
+    if not (by_costate or options.form_step):
+        raise ValueError("an unformed step needs damping by numbers: leave form_step out.")
     gram, how = gram_matrix(problem, factor)
     sketch = None
     if gram is None:
         sketch, how = nystrom_sketch(problem, factor)
     how = f"{how}, N r = {(factor.rank or 0) * factor.samples}"
-    if options.in_output_space:
+    if by_costate:
         return _by_costate(options, problem, factor, gram, sketch, how)
     result = Dual(problem.system, factor, gram, sketch).solve(
         rows_of(options.b),
@@ -78,76 +81,75 @@ def _by_costate(
     limit = FREE_ITERATIONS if options.max_iterations is None else options.max_iterations
     # Half of what is wanted: the step that is formed from p is rounded once more.
     equation.solve(options.rtol / 2, limit, progress=options.progress)
-    if not options.form_step:
-        return _unformed(options, equation, problem, how)
-    step, measured, relative = _formed(options, equation, problem, limit)
-    status = _status(equation, relative, options.rtol, limit, how)
+    step: Tensor | None = None
+    if options.form_step:
+        step, relative, decrease, spent = _formed(options, equation, problem, limit)
+    else:
+        relative, decrease, spent = *_unformed(equation, problem), 0
     return Found(
         step,
-        status,
+        _status(equation, relative, options.rtol, limit, how),
         equation.iterations,
-        equation.products + 2,
+        equation.products + spent,
         relative=relative,
-        decrease=None if measured is None else measured.decrease,
-        extra={"costate": equation.p[0]},
+        decrease=decrease,
+        extra={"costate": equation.p[0], "damping": problem.control_cost.block_values},
     )
 
 
 def _formed(
     options: Options, equation: CostateEquation, problem: LQRProblem, limit: int
-) -> tuple[Tensor, Measured | None, float]:
-    """U = previous - R^{-1} J' p with its true residual, corrected while that helps.
+) -> tuple[Tensor, float, float, int]:
+    """U = previous - R^{-1} J' p, its true residual, decrease, and products; corrected if it helps.
 
     Where damping is small, J' p is a small difference of large terms and rounds accordingly; a
     correction is added to what was formed, so that its own rounding is relative to itself.
     """
     system, previous = problem.system, options.previous
+    values = system.control_cost.block_values
+    assert values is not None
     rows = fresh_rows(system.proto, 1, problem.size)
     uniform = system.control_cost.uniform
     p = equation.p if uniform is None else equation.p / -uniform
     system.adjoint(from_rows(p, system.state_shapes(system.horizon)), out=rows)
+    targets = [view[0] for view in system.split_control(rows)]
     if uniform is None:
-        rows = system.control_cost.inverse_product(rows).neg_()
+        for target, value in zip(targets, values, strict=True):
+            target.div_(-value)
     if previous is not None:
         rows.add_(previous)
-    relative = math.inf
-    for turn in range(ROUNDS):
-        measured = options.measure(rows[0])
-        if measured is None:
-            return rows[0], None, equation.estimate
-        before, relative = relative, measured.residual / (equation.gradient_norm or 1.0)
-        done = relative <= options.rtol or not relative < before / 2
-        if done or turn == ROUNDS - 1 or equation.iterations >= limit:
-            break
-        state = measured.state
-        if previous is not None:
-            state = state - system.output_product(previous.unsqueeze(0))
-        equation.estimate = relative
-        change = equation.correct(
-            equation.observed(state), options.rtol, limit, progress=options.progress
-        )
-        values = system.control_cost.block_values
-        assert values is not None
-        targets = [view[0] for view in system.split_control(rows)]
+    carried = 0.0 if previous is None else system.output_product(previous.unsqueeze(0))
+
+    def look() -> tuple[Measured, float]:
+        found = options.measure(rows[0])
+        assert found is not None
+        return found, found.residual / (equation.gradient_norm or 1.0)
+
+    measured, relative = look()
+    rounds = 1
+    while relative > options.rtol and rounds < ROUNDS and equation.iterations < limit:
+        equation.estimate, kept = relative, (equation.y, equation.p)
+        residual = equation.observed(measured.state - carried)
+        change = equation.correct(residual, options.rtol, limit, progress=options.progress)
         add_controls(problem, change, targets, [-1 / value for value in values])
-    return rows[0], measured, relative
+        again, now = look()
+        rounds += 1
+        if not now < relative:
+            add_controls(problem, change, targets, [1 / value for value in values])
+            equation.y, equation.p = kept
+            break
+        halved, measured, relative = now < relative / 2, again, now
+        if not halved:
+            break
+    return rows[0], relative, measured.decrease, 2 * rounds
 
 
-def _unformed(options: Options, equation: CostateEquation, problem: LQRProblem, how: str) -> Found:
-    """The costate alone: x_T = -K p, and u'R u = p'K p."""
+def _unformed(equation: CostateEquation, problem: LQRProblem) -> tuple[float, float]:
+    """Residual and decrease from the costate alone: x_T = -K p, and u'R u = p'K p."""
     p, q, response = equation.p, problem.output_gradient, equation.response
     bent = problem.Q[-1]._matmul(response.mT).mT
     decrease = row_dots(response, q) - (row_dots(response, bent) + row_dots(response, p)) / 2
-    limit = FREE_ITERATIONS if options.max_iterations is None else options.max_iterations
-    return Found(
-        None,
-        _status(equation, equation.estimate, options.rtol, limit, how),
-        equation.iterations,
-        equation.products,
-        relative=equation.estimate,
-        decrease=float(decrease),
-        extra={"costate": p[0]},
-    )
+    return equation.unformed_residual(), float(decrease)
 
 
 def _status(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..low_precision import wide_and_narrow
+from typing import cast
+
+from ..low_precision import Narrow, wide_and_narrow
 from ..operators.base import MatrixFreeOperator
 from ..operators.compiled import compiled
 from ..operators.condensed_hessian import CondensedHessianOperator
@@ -17,13 +19,17 @@ from .base import Found, Options
 
 def by_cg(options: Options) -> Found:
     """H u = b by (preconditioned, flexible, truncated) conjugate gradients."""
+    if options.previous is not None and options.radius is not None:
+        raise ValueError("`radius` bounds the whole step: it does not go with `previous`.")
+    if options.products != "plain":
+        _check_products(options)
     if options.products in ("bf16", "tf32"):
         return _by_refined_cg(options)
     result = cg(
         _hessian(options),
         options.b,
         preconditioner=options.preconditioner,
-        initial=options.initial,
+        initial=options.initial_correction,
         rtol=options.rtol,
         max_iterations=options.max_iterations,
         radius=options.radius,
@@ -37,16 +43,26 @@ def by_cg(options: Options) -> Found:
     return Found(step, result.status, result.iterations, result.products, extra=extra)
 
 
+def _check_products(options: Options) -> None:
+    problem, name = options.problem, options.products
+    if not isinstance(problem, LQRProblem):
+        raise ValueError(
+            f"products='{name}' needs one batch's layers, and a StreamedProblem has many: leave it "
+            "out."
+        )
+    if problem.origin is not None and problem.origin.linearization.remakes:
+        raise ValueError(
+            f"products='{name}' needs the layers' linearisation, which checkpoint=True lets go: "
+            "make the problem without it, or leave `products` out."
+        )
+
+
 def _hessian(options: Options) -> MatrixFreeOperator:
     """H, its products run as asked."""
     hessian = options.problem.hessian
     if options.products == "plain":
         return hessian
-    if not isinstance(hessian, CondensedHessianOperator):
-        raise ValueError(
-            f"products='{options.products}' needs one batch's layers, and a StreamedProblem has "
-            "many: leave it out."
-        )
+    assert isinstance(hessian, CondensedHessianOperator)
     if options.products == "compiled":
         return compiled(hessian)
     return graphed(hessian, 1 if options.b.ndim == 1 else options.b.shape[1])
@@ -60,18 +76,14 @@ def _by_refined_cg(options: Options) -> Found:
         raise ValueError(
             f"`on_negative_curvature` does not go with products='{options.products}': drop one."
         )
-    if not isinstance(options.problem, LQRProblem):
-        raise ValueError(
-            f"products='{options.products}' needs one batch's layers, and a StreamedProblem has "
-            "many: leave it out."
-        )
-    wide, narrow = wide_and_narrow(options.problem, options.products)  # type: ignore[arg-type]
+    assert isinstance(options.problem, LQRProblem)
+    wide, narrow = wide_and_narrow(options.problem, cast(Narrow, options.products))
     result = refined_cg(
         wide,
         narrow,
         options.b,
         preconditioner=options.preconditioner,
-        initial=options.initial,
+        initial=options.initial_correction,
         rtol=options.rtol,
         max_iterations=options.max_iterations,
         recurrence_dtype=options.recurrence_dtype,

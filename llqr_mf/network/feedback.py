@@ -29,7 +29,6 @@ def keep_costates(
     if inverse.block_values is None or not _read_once(stage):
         return _state_only(stage, costate, need_state), costate
     leads = stage._wanted(need_state, True)
-    state = stage._wanted(need_state, False)
     sums = {i: p for i, p in zip(stage.next_ids, costate, strict=True) if p is not None}
     arrived: Arrived = {}
     nodes = stage.linearized()
@@ -49,8 +48,7 @@ def keep_costates(
                 total = add(sums.get(i), part)
                 assert total is not None
                 sums[i] = total
-    kept = tuple(sums.get(i) if i in state or need_state else None for i in stage.state_ids)
-    return kept, arrived
+    return tuple(sums.get(i) if need_state else None for i in stage.state_ids), arrived
 
 
 def respond(stage: NetworkStage, x: Tangent, record: Any, inverse: ControlCost) -> Tangent:
@@ -75,19 +73,19 @@ def respond(stage: NetworkStage, x: Tangent, record: Any, inverse: ControlCost) 
     return tuple(moved.get(i) for i in stage.next_ids)
 
 
-def control_squares(stage: NetworkStage, record: Any, k: int) -> Tensor:
-    """|B' p|^2 of each column, call by call."""
+def control_squares(stage: NetworkStage, record: Any, inverse: ControlCost, k: int) -> Tensor:
+    """|B' p|^2 and p'B R^{-1} B' p of each column, call by call; (2, k)."""
     if isinstance(record, tuple):
-        return squares_of_controls(stage, record, k)
-    own = set(stage.control_ids)
+        return squares_of_controls(stage, record, inverse, k)
+    scales = dict(zip(stage.control_ids, inverse.block_values or (), strict=True)) if record else {}
     nodes = stage.linearized() if record else ()
-    made = [
-        nodes[place].node.pulled_squares(cotangents, index)
-        for place, cotangents in record.items()
-        for index, i in enumerate(nodes[place].inputs)
-        if i in own
-    ]
-    return torch.stack(made).sum(0) if made else torch.zeros(k, dtype=torch.float64)
+    made = [torch.zeros(2, k, dtype=torch.float64, device=stage.proto.device)]
+    for place, cotangents in record.items():
+        for index, i in enumerate(nodes[place].inputs):
+            if i in scales:
+                squares = nodes[place].node.pulled_squares(cotangents, index)
+                made.append(torch.stack([squares, squares * scales[i]]))
+    return torch.stack(made).sum(0)
 
 
 def _state_only(stage: NetworkStage, costate: Tangent, need_state: bool) -> Tangent:

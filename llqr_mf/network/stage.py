@@ -126,9 +126,9 @@ class NetworkStage:
         """A x + B R^{-1} B' p, p being that of the record."""
         return respond(self, x, record, inverse)
 
-    def control_squares(self, record: Any, k: int) -> Tensor:
-        """|B' p|^2 of each of the record's k columns, in float64."""
-        return control_squares(self, record, k)
+    def control_squares(self, record: Any, inverse: ControlCost, k: int) -> Tensor:
+        """|B' p|^2 and p'B R^{-1} B' p of the record's k columns, in float64, (2, k)."""
+        return control_squares(self, record, inverse, k)
 
     def _check(self) -> None:
         # A compiler could only bake the answer in: whoever calls compiled code checks before it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -214,6 +214,14 @@ class Node(ABC):
         pulled = self.pull_all(cotangents, needed, [None] * len(needed))[index]
         if pulled is not None:
             target.add_(pulled[0], alpha=scale)
+
+    def reads_none_of(self, storages: Collection[int]) -> bool:
+        """Whether `add_pulled` into its own parameters reads none of these tensors' memory.
+
+        Args:
+            storages: Addresses of the storages of all parameters.
+        """
+        return False
 
     def pulled_squares(self, cotangents: Sequence[Tensor | None], index: int) -> Tensor:
         """Squared norms of what each column pulls back to an input, in float64; shape (k,)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class ConvNode(Node):
             return [made.get(role) for role in self.roles]
 
         return product
+
+    def reads_none_of(self, storages: Collection[int]) -> bool:
+        """Whether the input is an activation: no product for the weight reads a weight."""
+        return self.x.untyped_storage().data_ptr() not in storages
 
     def gram_flops(self, size: int) -> float:
         """Those of the weight's share."""

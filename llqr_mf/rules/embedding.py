@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,10 @@ class EmbeddingNode(Node):
         assert dw is not None
         picked = dw[:, self.tokens]
         return picked if self.learned is None else picked * self.learned
+
+    def reads_none_of(self, storages: Collection[int]) -> bool:
+        """True: the tokens are all that is read."""
+        return True
 
     def pull(
         self, cotangent: Tensor, needed: Sequence[bool], out: Sequence[Tensor | None]

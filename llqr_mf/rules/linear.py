@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -91,6 +91,7 @@ class LinearNode(Node):
         (cotangent,) = cotangents
         wide = rows * sum(self.weight.shape) < 2 * self.weight.numel()
         moved = given.get("weight") is not None or given.get("bias") is not None
+        moved = moved or scale.get("x") is not None
         by_weight, by_bias = scale.get("weight"), scale.get("bias")
         if cotangent is None or by_weight is None or moved or not wide:
             return super().respond_all(tangents, cotangents, scales)
@@ -117,6 +118,10 @@ class LinearNode(Node):
         else:
             columns = cotangent[0].reshape(-1, cotangent.shape[-1])
             target.addmm_(columns.mT, self.x, alpha=scale)
+
+    def reads_none_of(self, storages: Collection[int]) -> bool:
+        """Whether the input is an activation: no product for the weight reads a weight."""
+        return self.x is None or self.x.untyped_storage().data_ptr() not in storages
 
     def pulled_squares(self, cotangents: Sequence[Tensor | None], index: int) -> Tensor:
         """|C' X|^2 = <C C', X X'>, where rows are fewer than features."""

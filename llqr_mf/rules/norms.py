@@ -6,7 +6,7 @@ section 6; test_norms.py holds a case); nothing here differentiates a backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,10 @@ class NormNode(Node):
             else:
                 results.append(self._gather(c * self._z if role == "weight" else c, role))
         return results
+
+    def reads_none_of(self, storages: Collection[int]) -> bool:
+        """True: z is the node's own."""
+        return True
 
     def curvature(self, costate: Tensor) -> Curvature | None:
         """Second derivative of <p, gamma z(x)> in x, and in x and gamma together."""
