@@ -18,7 +18,7 @@ import llqr_mf as lq
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OURS = ("cost_tables", "exact_step", "harness", "hessian_free", "nets", "peak", "product_cost")
-OURS = (*OURS, "scale", "step_methods")
+OURS = (*OURS, "large_batch", "scale", "step_methods")
 
 Load = Callable[[str], ModuleType]
 
@@ -217,6 +217,15 @@ def test_scale(load: Load, measured: list[str], tmp_path: Path) -> None:
     else:
         with pytest.raises(SystemExit):
             bench.main([*given, "--in-place"])
+
+
+def test_large_batch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(import_module("llqr_mf.factors"), "DUAL_SIZE", 100)
+    given = "--samples 150 --sub-sample 20 --width 16 --damping 1e-2 --rtols 1e-4".split()
+    report = load("large_batch").main([*given, "--output", str(tmp_path / "rows.json")])
+    plain, sketched = report["rows"][1], report["rows"][0]
+    assert all(row["residual"] <= 1.1e-4 for row in report["rows"])
+    assert "sketch" in sketched["status"] and sketched["iterations"] < plain["iterations"]
 
 
 def test_cost_tables(
