@@ -2,9 +2,9 @@
 
     python benchmarks/large_batch.py [--samples 10000] [--width 1024] [--damping 1e-3]
 
-A net of two hidden tanh layers on scikit-learn's digits with noise, after some steps of SGD; the dual
-has N C unknowns, 100,000 at the defaults. Every method runs once, from the user's model and batch to
-a step whose true residual is measured alike.
+A net of two hidden tanh layers on scikit-learn's digits with noise, after some steps of SGD; the
+dual has N C unknowns, 100,000 at the defaults. Every method runs once, from the user's model and
+batch to a step whose true residual is measured alike.
 """
 
 from __future__ import annotations
