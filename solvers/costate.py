@@ -15,6 +15,9 @@ from .coordinates import Coordinates, Factor, solve_by_cholesky
 CONTRACTION = 0.25
 """A correction that shrinks the residual less than this is followed by CG's."""
 
+ROUNDED = 1e-3
+"""Below this it is the rounding of p that stops corrections, and not a poor Gram matrix."""
+
 
 class CostateEquation:
     """p = q + Q K-weighted feedback: p = q + L y with y = L'J u and u = -R^{-1} J' p.
@@ -71,7 +74,9 @@ class CostateEquation:
         while self.estimate > rtol and self.iterations < max_iterations:
             if not self.estimate < before / 2:
                 return
-            if CONTRACTION < self.estimate / before < 1 and before < math.inf:
+            if self.direct and self.estimate > CONTRACTION * before:
+                if self.estimate < ROUNDED:
+                    return
                 self.direct = False
             before = self.estimate
             kept = self.y, self.p, self.response, self.residual, self.estimate

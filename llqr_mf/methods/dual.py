@@ -139,8 +139,9 @@ def _formed(
             equation.y, equation.p = kept
             break
         halved, measured, relative = now < relative / 2, again, now
-        if not halved:
+        if not (halved or equation.direct):
             break
+        equation.direct = equation.direct and halved
     return rows[0], relative, measured.decrease, 2 * rounds
 
 
