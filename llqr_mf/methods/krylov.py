@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from ..low_precision import Narrow, wide_and_narrow
 from ..operators.base import MatrixFreeOperator
@@ -28,19 +28,26 @@ def by_cg(options: Options) -> Found:
     result = cg(
         _hessian(options),
         options.b,
-        preconditioner=options.preconditioner,
+        **_common(options),
         initial=options.initial_correction,
-        rtol=options.rtol,
-        max_iterations=options.max_iterations,
         radius=options.radius,
         on_negative_curvature=options.on_negative_curvature,
-        recurrence_dtype=options.recurrence_dtype,
         flexible=options.flexible,
         vector_device=options.vector_device,
-        progress=options.progress,
     )
     step, extra = options.complete(result.x), {"direction": result.direction}
     return Found(step, result.status, result.iterations, result.products, extra=extra)
+
+
+def _common(options: Options) -> dict[str, Any]:
+    """What every Krylov method takes."""
+    return {
+        "preconditioner": options.preconditioner,
+        "rtol": options.rtol,
+        "max_iterations": options.max_iterations,
+        "recurrence_dtype": options.recurrence_dtype,
+        "progress": options.progress,
+    }
 
 
 def _check_products(options: Options) -> None:
@@ -82,12 +89,8 @@ def _by_refined_cg(options: Options) -> Found:
         wide,
         narrow,
         options.b,
-        preconditioner=options.preconditioner,
+        **_common(options),
         initial=options.initial_correction,
-        rtol=options.rtol,
-        max_iterations=options.max_iterations,
-        recurrence_dtype=options.recurrence_dtype,
-        progress=options.progress,
     )
     spent = f"{result.coarse_products} products in {options.products}, {result.products} exact."
     status = Status(result.status.code, f"{result.status.message} {spent}")
@@ -99,10 +102,6 @@ def by_minres(options: Options) -> Found:
     result = minres(
         options.problem.hessian,
         options.b,
-        preconditioner=options.preconditioner,
-        rtol=options.rtol,
-        max_iterations=options.max_iterations,
-        recurrence_dtype=options.recurrence_dtype,
-        progress=options.progress,
+        **_common(options),
     )
     return Found(options.complete(result.x), result.status, result.iterations, result.products)
