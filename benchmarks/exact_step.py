@@ -88,7 +88,7 @@ class Comparison:
     def _memories(self, width: int, size: int) -> dict[str, Any]:
         device, found = self.options.device, {}
         for method in self.options.methods:
-            if size * (1 + self.copies[method]) > available(device):
+            if not _installed(method) or size * (1 + self.copies[method]) > available(device):
                 continue
             arguments = {"width": width, "method": method, "device": device}
             arguments |= {"damping": self.options.dampings[0], "rtol": min(self.options.rtols)}
@@ -184,7 +184,7 @@ class Comparison:
         row: dict[str, Any],
     ) -> str:
         """Why a method does not run here; its estimate then stands in the row."""
-        if method == "curvlinops" and importlib.util.find_spec("curvlinops") is None:
+        if not _installed(method):
             return "not installed"
         # The residual needs the step, its product and a gradient beside the weights.
         needed = int(size * max(self.copies[method], 3))
@@ -244,6 +244,10 @@ class Comparison:
             row["memory over weights"] = total / weights
             row["activation bytes"] = activation_bytes(batch[0], batch[1])
             row["memory target met"] = total <= 3 * weights + row["activation bytes"]
+
+
+def _installed(method: str) -> bool:
+    return method != "curvlinops" or importlib.util.find_spec("curvlinops") is not None
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
