@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 
 from . import factors
-from .gram_matrix import NYSTROM_COLUMNS
+from .gram_matrix import sketch_columns
 from .methods import Options
-from .operators.tangent import size_of
 from .output_sweep import calls, samples_are_apart, terminal_factor
 from .problem import LQRProblem
 from .streamed import StreamedProblem
@@ -45,10 +44,7 @@ def choose(options: Options) -> tuple[str, str]:
         name = next(iter(asked))
         return asked[name][0], f"`{name}` was given"
     if problem.origin is None:
-        largest = max(
-            max(size_of(s.state), size_of(s.next_state), size_of(s.controls))
-            for s in problem.system.stages
-        )
+        largest = problem.system.largest_block
         if largest <= AUTO_DENSE:
             return "riccati", f"the matrices are small (at most {largest})"
         return "cg", f"the matrices are large ({largest})"
@@ -88,7 +84,7 @@ def relative_costs(problem: LQRProblem, rank: int, size: int) -> dict[str, float
     """
     every = list(calls(problem))
     forward = sum(bound.node.flops for bound in every)
-    columns = size if size <= factors.DUAL_SIZE else min(NYSTROM_COLUMNS, size // 8)
+    columns = size if size <= factors.DUAL_SIZE else sketch_columns(size)
     gram = sum(bound.node.gram_flops(size) for bound in every) * columns / max(1, size)
     if columns == size:
         dual = rank * forward + gram + CHOLESKY * size**3 / 3 + 4 * 4 * forward

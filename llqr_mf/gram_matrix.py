@@ -30,10 +30,15 @@ def gram_matrix(problem: LQRProblem, factor: OutputCurvature) -> tuple[Tensor | 
     return None, ""
 
 
+def sketch_columns(size: int) -> int:
+    """Columns of a sketch of a Gram matrix of `size` rows."""
+    return min(NYSTROM_COLUMNS, size // 8)
+
+
 def nystrom_sketch(problem: LQRProblem, factor: OutputCurvature) -> tuple[Nystrom | None, str]:
     """A preconditioner from some columns of G, where they have a closed form."""
     how = "without a Gram matrix (N r is too large): matrix-free dual CG"
-    count = min(NYSTROM_COLUMNS, (factor.rank or 0) * factor.samples // 8)
+    count = sketch_columns((factor.rank or 0) * factor.samples)
     diagonal = gram_diagonal(problem) if count else None
     if diagonal is None:
         return None, how

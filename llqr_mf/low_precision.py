@@ -100,12 +100,9 @@ def low_precision_twin(problem: LQRProblem, dtype: torch.dtype = torch.bfloat16)
             "no Linear layer or convolution of this network has a rule, so nothing would run in "
             "bfloat16: leave `products` out."
         )
-    twin = copy.copy(problem)
-    for name in ("A", "B", "Q", "R", "S", "hessian", "output_jacobian", "tangent_kernel"):
-        twin.__dict__.pop(name, None)
-    twin.system = replace(problem.system, stages=twins)
-    twin.__dict__["gradient"] = problem.gradient
-    return twin
+    # So that the twin takes over the gradient, which is the wide problem's.
+    _ = problem.gradient
+    return problem._with_system(replace(problem.system, stages=twins))
 
 
 @contextmanager

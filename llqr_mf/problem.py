@@ -273,6 +273,10 @@ class LQRProblem(LayerOperators):
 
         names = None if self.origin is None else [layer.name for layer in self.origin.layers]
         system = replace(self.system, control_cost=control_cost(damping, self.system, names))
+        return self._with_system(system)
+
+    def _with_system(self, system: System) -> LQRProblem:
+        """The same problem on another system; the gradient is kept if it is known."""
         other = LQRProblem.__new__(LQRProblem)
         other._assemble(
             *(system, self.names, self._linear, self._controls, self._first, self.origin),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,15 +11,12 @@ from torch import Tensor
 from .choose import HALF, Method, choose, only_some
 from .low_precision import tensor_float32
 from .methods import METHODS, Found, Options
-from .methods.base import Products, rows_of, worst
+from .methods.base import Problem, Products, rows_of, worst
 from .operators.apply import apply_rows, as_operator
-from .problem import LQRProblem
 from .solution import Solution
 from .solvers.dots import row_dots, row_norms
 from .solvers.status import Status
 from .streamed import StreamedProblem
-
-Problem: TypeAlias = LQRProblem | StreamedProblem
 
 
 def solve(

@@ -85,6 +85,13 @@ class System:
         """n_T, the length of the last state."""
         return size_of(self.state_shapes(self.horizon))
 
+    @property
+    def largest_block(self) -> int:
+        """The largest side of a dense A_t or B_t."""
+        return max(
+            max(size_of(s.state), size_of(s.next_state), size_of(s.controls)) for s in self.stages
+        )
+
     def state_shapes(self, t: int) -> tuple[Shape, ...]:
         """Shapes of the components of x_t, t = 0..T."""
         return self.stages[t].state if t < self.horizon else self.stages[-1].next_state

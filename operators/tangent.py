@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SQUARED = 2**20
-"""Numbers that `square_rows` widens at a time."""
+"""Numbers that are widened at a time for squares in float64."""
 
 Shape = tuple[int, ...]
 Tangent = tuple[Tensor | None, ...]
@@ -41,16 +41,6 @@ def from_rows(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
         return (rows.reshape(len(rows), *shapes[0]),)
     parts = rows.split([math.prod(shape) for shape in shapes], dim=1)
     return tuple(part.reshape(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True))
-
-
-def square_rows(rows: Tensor) -> Tensor:
-    """Squared norms of rows (k, ...), in float64 and by parts; shape (k,)."""
-    flat = rows.reshape(len(rows), -1)
-    parts = flat.split(max(1, SQUARED // max(1, len(rows))), dim=1)
-    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    for part in parts:
-        total += part.double().square().sum(1)
-    return total
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from linear_operator import LinearOperator
 from torch import Tensor
 
-from ..operators.apply import apply_rows
 from ..operators.base import MatrixFreeOperator
 from .cg import cg
 from .dots import row_norms
 from .krylov import KrylovResult, System, default_iterations
-from .product import RowProduct
+from .product import RowProduct, multiply
 from .status import Code, Status, worst_status
 
 ROUND_RTOL = 0.1
@@ -148,23 +146,17 @@ class _Coarse:
 
     def __call__(self, v: Tensor) -> Tensor:
         self.count += 1
-        product = self._product(v)
+        if isinstance(self.operator, MatrixFreeOperator) and (
+            self.buffer is None or self.buffer.shape != v.shape
+        ):
+            # Fresh memory costs as much as a GEMM.
+            self.buffer = torch.empty_like(v)
+        product = multiply(self.operator, v, self.buffer)
         if self.watched < GROWTH_SEEN:
             self.watched += 1
             growth = (row_norms(product) / row_norms(v)).nan_to_num(0.0, 0.0, 0.0)
             self.norm_seen = max(self.norm_seen, float(growth.max()))
         return product
-
-    def _product(self, v: Tensor) -> Tensor:
-        if isinstance(self.operator, MatrixFreeOperator):
-            # Fresh memory costs as much as a GEMM.
-            if self.buffer is None or self.buffer.shape != v.shape:
-                self.buffer = torch.empty_like(v)
-            return self.operator._rows_into(v, self.buffer)
-        if isinstance(self.operator, LinearOperator):
-            product: Tensor = apply_rows(self.operator, v)
-            return product
-        return self.operator(v)
 
 
 class _Rounds:

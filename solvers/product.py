@@ -107,18 +107,27 @@ class Product:
 
     def _product(self, v: Tensor) -> Tensor:
         self.count += 1
-        if isinstance(self.operator, MatrixFreeOperator) and self.buffer is not None:
-            return self.operator._rows_into(v, self.buffer)
-        if isinstance(self.operator, LinearOperator):
-            out: Tensor = apply_rows(self.operator, v)
-            return out
-        out = self.operator(v)
-        if out.shape != v.shape:
-            raise ValueError(
-                f"the callable turned rows of shape {tuple(v.shape)} into {tuple(out.shape)}: it "
-                "must map (k, n) to (k, n), one vector per row."
-            )
+        return multiply(self.operator, v, self.buffer)
+
+
+def multiply(operator: RowProduct, v: Tensor, buffer: Tensor | None) -> Tensor:
+    """The operator's product with rows, in the buffer if it is one that writes to it.
+
+    Raises:
+        ValueError: A callable gave rows of another shape.
+    """
+    if isinstance(operator, MatrixFreeOperator) and buffer is not None:
+        return operator._rows_into(v, buffer)
+    if isinstance(operator, LinearOperator):
+        out: Tensor = apply_rows(operator, v)
         return out
+    out = operator(v)
+    if out.shape != v.shape:
+        raise ValueError(
+            f"the callable turned rows of shape {tuple(v.shape)} into {tuple(out.shape)}: it "
+            "must map (k, n) to (k, n), one vector per row."
+        )
+    return out
 
 
 def _shared(vectors: Vectors, lent: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..methods.base import Problem
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
-from ..solve import Problem
 from ..streamed import StreamedProblem
 from .authors_ekronecker import AuthorsEKronecker
 from .cg_fit import Stopping, fit_by_cg

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solve import Problem, solve
+from ..methods.base import Problem
+from ..solve import solve
 from ..solvers.dots import row_dots
 from ..solvers.status import Code
 

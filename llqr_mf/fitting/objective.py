@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..methods.base import Problem
 from ..operators.base import MatrixFreeOperator
 from ..preconditioners.base import Structure
 from ..preconditioners.chart import Chart
-from ..solve import Problem
 from ..solvers.dots import row_dots
 
 

@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..methods.base import Problem
 from ..preconditioners.probes import curvature_probes, gradient_probes
 from ..problem import LQRProblem
-from ..solve import Problem
 from ..solvers.dots import row_dots
 
 Probes: TypeAlias = Literal["gradients", "curvature"] | Tensor | Sequence[Tensor]

@@ -13,6 +13,6 @@ METHODS = {
     "low_rank": by_low_rank,
     "riccati": by_riccati,
 }
-"""Functions (problem, options) to what was found, by name."""
+"""Functions of the options that give what was found, by name."""
 
 __all__ = ["METHODS", "Found", "Options"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..problem import LQRProblem
 from ..solvers.residual import Measured, can_measure, measure
 from ..streamed import StreamedProblem
 
-Problem = LQRProblem | StreamedProblem
+Problem: TypeAlias = LQRProblem | StreamedProblem
 
 Products = Literal["plain", "compiled", "graphed", "bf16", "tf32"]
 
@@ -82,12 +82,9 @@ class Options:
     @property
     def in_output_space(self) -> bool:
         """Whether -g is the right-hand side of a network's problem, so that it is J' of q."""
-        return self.rhs is None and isinstance(self.problem, LQRProblem) and self.network
-
-    @property
-    def network(self) -> bool:
-        """Whether the problem is one batch of a network."""
-        return isinstance(self.problem, LQRProblem) and self.problem.origin is not None
+        problem = self.problem
+        is_network = isinstance(problem, LQRProblem) and problem.origin is not None
+        return is_network and self.rhs is None
 
     def measure(self, step: Tensor) -> Measured | None:
         """The true residual of a step, where that takes no second step's memory."""

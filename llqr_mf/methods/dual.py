@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import factors
 from ..gram_matrix import gram_matrix, nystrom_sketch
+from ..operators.apply import apply_rows
 from ..operators.fresh import fresh_rows
 from ..operators.output_curvature import OutputCurvature
 from ..operators.tangent import from_rows
@@ -70,7 +71,7 @@ def _by_costate(
     if options.previous is not None:
         # The same pull of R to the last step, seen from the output.
         reached = problem.system.output_product(options.previous.unsqueeze(0))
-        q = q + problem.Q[-1]._matmul(reached.mT).mT
+        q = q + apply_rows(problem.Q[-1], reached)
     equation = CostateEquation(
         problem.tangent_kernel,
         factor,
@@ -148,7 +149,7 @@ def _formed(
 def _unformed(equation: CostateEquation, problem: LQRProblem) -> tuple[float, float]:
     """Residual and decrease from the costate alone: x_T = -K p, and u'R u = p'K p."""
     p, q, response = equation.p, problem.output_gradient, equation.response
-    bent = problem.Q[-1]._matmul(response.mT).mT
+    bent = apply_rows(problem.Q[-1], response)
     decrease = row_dots(response, q) - (row_dots(response, bent) + row_dots(response, p)) / 2
     return equation.unformed_residual(), float(decrease)
 

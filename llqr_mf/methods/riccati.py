@@ -6,7 +6,6 @@ import torch
 from linear_operator.operators import DenseLinearOperator
 from torch import Tensor
 
-from ..operators.tangent import size_of
 from ..problem import LQRProblem
 from ..solvers.riccati import riccati
 from .base import Found, Options, like, rows_of
@@ -20,9 +19,7 @@ def by_riccati(options: Options) -> Found:
     problem = options.problem
     assert isinstance(problem, LQRProblem)
     system = problem.system
-    largest = max(
-        max(size_of(s.state), size_of(s.next_state), size_of(s.controls)) for s in system.stages
-    )
+    largest = system.largest_block
     if largest > DENSE_SIZE:
         raise ValueError(
             f"the dense Riccati recursion would form matrices of size {largest} > {DENSE_SIZE}: "

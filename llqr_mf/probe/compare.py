@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from ..fitting.measure import Apply, exact_step, mean, measure
 from ..fitting.report import format_number, plain_number
+from ..methods.base import Problem
 from ..operators.apply import apply_rows, as_operator
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
-from ..solve import Problem
 from ..streamed import StreamedProblem
 
 Candidate: TypeAlias = LinearOperator | Tensor | Callable[[Tensor], Tensor] | None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ..operators.tangent import square_rows
+from ..solvers.dots import row_dots
 from . import gram
 from .gram import Deltas, Rows, Term
 
@@ -228,7 +228,8 @@ class Node(ABC):
         needed = [i == index for i in range(len(self.inputs))]
         pulled = self.pull_all(cotangents, needed, [None] * len(needed))[index]
         if pulled is not None:
-            return square_rows(pulled)
+            flat = pulled.reshape(len(pulled), -1)
+            return row_dots(flat, flat)
         some = next(c for c in cotangents if c is not None)
         return torch.zeros(len(some), dtype=torch.float64, device=some.device)
 
