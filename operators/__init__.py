@@ -7,6 +7,7 @@ from .control import ControlOperator
 from .control_cost import ControlCost
 from .control_hessian import ControlCostOperator, ControlHessianOperator
 from .cross_hessian import CrossHessianOperator
+from .from_function import FunctionOperator, from_function
 from .gain import GainOperator
 from .graphed import GraphedOperator, graphed
 from .output_jacobian import OutputJacobianOperator
@@ -26,6 +27,7 @@ __all__ = [
     "ControlHessianOperator",
     "ControlOperator",
     "CrossHessianOperator",
+    "FunctionOperator",
     "GainOperator",
     "GraphedOperator",
     "MatrixFreeOperator",
@@ -43,6 +45,7 @@ __all__ = [
     "ValueOperator",
     "ZeroOperator",
     "compiled",
+    "from_function",
     "graphed",
     "to_scipy",
 ]

@@ -110,6 +110,22 @@ class Product:
         return multiply(self.operator, v, self.buffer)
 
 
+class CountedProduct:
+    """A product with rows in the operator's own dtype, which counts the vectors multiplied.
+
+    Args:
+        operator: An operator or a function of rows, shape (k, n) to (k, n).
+    """
+
+    def __init__(self, operator: RowProduct) -> None:
+        self.operator, self.vectors = operator, 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Product with rows; shape (k, n) to (k, n)."""
+        self.vectors += len(v)
+        return multiply(self.operator, v, None)
+
+
 def multiply(operator: RowProduct, v: Tensor, buffer: Tensor | None) -> Tensor:
     """The operator's product with rows, in the buffer if it is one that writes to it.
 
