@@ -14,6 +14,7 @@ from .operators import (
     ControlOperator,
     CrossHessianOperator,
     GainOperator,
+    StateCurvatureOperator,
     StateHessianOperator,
     System,
     TransitionOperator,
@@ -114,6 +115,21 @@ class LayerOperators:
         if t == self.horizon:
             return self.Q[t]
         return ValueOperator(self.system.proto, **self._tail(t, rtol, max_iterations))
+
+    def state_curvature(self, t: int) -> LinearOperator:
+        """C_t = Q_t + A_t' C_{t+1} A_t, the curvature in x_t with the controls held; (n_t, n_t).
+
+        P_t has been lowered by the controls' answer: P_t <= C_t.
+
+        Args:
+            t: 0..T.
+        """
+        if not 0 <= t <= self.horizon:
+            raise ValueError(f"time {t} is outside of 0..{self.horizon}.")
+        if t == self.horizon:
+            return self.Q[t]
+        tail = self.system.tail(t)[0]
+        return StateCurvatureOperator(self.system.proto, system=tail, columns=self._columns)
 
     def gain(
         self, t: int, *, rtol: float | None = None, max_iterations: int | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -28,6 +29,33 @@ class Layout:
     def sizes(self) -> list[int]:
         """Length of every block."""
         return [math.prod(shape) for shape in self.shapes]
+
+    def select(self, patterns: str | Sequence[str]) -> tuple[int, ...]:
+        """The blocks whose names match any of some patterns, in flat order.
+
+        A pattern is that of a shell (`*.weight`, `encoder.layer.?.attention*`), or the name of a
+        module, which stands for all its parameters.
+
+        Raises:
+            ValueError: A pattern matches nothing.
+        """
+        wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        found: set[int] = set()
+        for pattern in wanted:
+            here = {
+                i
+                for i, name in enumerate(self.names)
+                if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+            }
+            if not here:
+                raise ValueError(f"no parameter matches '{pattern}': the names are {self.names}.")
+            found |= here
+        return tuple(sorted(found))
+
+    def places(self, blocks: Sequence[int]) -> Tensor:
+        """Where some blocks stand in a flat step, as indices."""
+        ranges = torch.arange(sum(self.sizes)).split(self.sizes)
+        return torch.cat([ranges[i] for i in blocks])
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a flat step (P,) by name, in the parameters' shapes (views)."""

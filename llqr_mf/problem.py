@@ -16,6 +16,7 @@ from .layout import Layout
 from .operators import (
     CondensedHessianOperator,
     ControlCost,
+    HessianBlockOperator,
     OutputJacobianOperator,
     System,
     TangentKernelOperator,
@@ -215,6 +216,39 @@ class LQRProblem(LayerOperators):
         """H, the Hessian in the flat control with R included; shape (P, P)."""
         return CondensedHessianOperator(
             self.system.proto, system=self.system, columns=self._columns
+        )
+
+    def block(
+        self,
+        rows: str | Sequence[str],
+        columns: str | Sequence[str] | None = None,
+        *,
+        damped: bool = True,
+    ) -> HessianBlockOperator:
+        """The part of H in some parameters, by name; no vector of the length P is made.
+
+        Args:
+            rows: Patterns of names, or of modules (`Layout.select`).
+            columns: The same for the columns; None takes those of the rows.
+            damped: Whether R is included.
+
+        Raises:
+            ValueError: A pattern matches nothing, or R couples these parameters with others.
+        """
+        chosen = self.layout.select(rows)
+        others = chosen if columns is None else self.layout.select(columns)
+        return self._block(chosen, others, damped=damped)
+
+    def _block(
+        self, rows: Sequence[int], columns: Sequence[int], *, damped: bool = True
+    ) -> HessianBlockOperator:
+        return HessianBlockOperator(
+            self.system.proto,
+            system=self.system,
+            rows=rows,
+            cols=columns,
+            damped=damped,
+            columns=self._columns,
         )
 
     @cached_property

@@ -10,9 +10,11 @@ from .cross_hessian import CrossHessianOperator
 from .from_function import FunctionOperator, from_function
 from .gain import GainOperator
 from .graphed import GraphedOperator, graphed
+from .hessian_block import HessianBlockOperator
 from .output_jacobian import OutputJacobianOperator
 from .scipy_bridge import to_scipy
 from .stage import OperatorStage, Stage, StateCost
+from .state_curvature import StateCurvatureOperator
 from .state_hessian import StateHessianOperator
 from .system import System, Trajectory
 from .tangent_kernel import TangentKernelOperator
@@ -30,11 +32,13 @@ __all__ = [
     "FunctionOperator",
     "GainOperator",
     "GraphedOperator",
+    "HessianBlockOperator",
     "MatrixFreeOperator",
     "OperatorStage",
     "OutputJacobianOperator",
     "Stage",
     "StateCost",
+    "StateCurvatureOperator",
     "StateHessianOperator",
     "SubmatrixOperator",
     "System",

@@ -138,6 +138,16 @@ class System:
         """
         views = None if u is None else self.split_control(u)
         columns = _columns(u, x0, columns)
+        return self._roll(views, x0, with_affine=with_affine, columns=columns)
+
+    def _roll(
+        self,
+        views: Sequence[Tensor | None] | None,
+        x0: Tangent | None,
+        *,
+        with_affine: bool,
+        columns: int,
+    ) -> Trajectory:
         x = tuple(None for _ in self.state_shapes(0)) if x0 is None else x0
         states: list[Tangent | None] = []
         records = []
@@ -159,6 +169,7 @@ class System:
         linear: Sequence[Tangent] | None = None,
         need_state: bool = False,
         need_control: bool = True,
+        wanted: Sequence[int] | None = None,
         out: Tensor | None = None,
         columns: int = 1,
     ) -> tuple[Tangent, Tensor | None]:
@@ -170,6 +181,8 @@ class System:
             linear: q_0..q_T, added when given.
             need_state: Whether p_0 is wanted.
             need_control: Whether the control part is wanted.
+            wanted: Ids of the blocks that make up the control part, None for all. Without
+                `need_state` the sweep ends where the last of them is known. Takes no `out`.
             out: Rows (k, P) to be overwritten with the control part, without R u.
             columns: k, used when everything is zero.
 
@@ -178,23 +191,26 @@ class System:
         """
         p = final
         T = self.horizon
+        chosen = range(len(self.blocks)) if wanted is None else wanted
+        there = [bool(set(chosen) & set(owned)) for owned in self.owned]
+        end = there.index(True) if wanted and not need_state else 0
         k = columns if trajectory is None else trajectory.columns
         views = None if out is None else self.split_control(out)
         parts: list[Tensor | None] = [None] * len(self.blocks)
-        for t in range(T, -1, -1):
+        for t in range(T, end - 1, -1):
             if t < T:
                 record = None if trajectory is None else trajectory.records[t]
                 stage, owned = self.stages[t], self.owned[t]
                 p, controls = stage.backward(
                     p,
                     record,
-                    need_state=need_state or t > 0,
-                    need_control=need_control,
+                    need_state=need_state or t > end,
+                    need_control=need_control and (wanted is None or there[t]),
                     out=None if views is None else [views[i] for i in owned],
                 )
                 for i, part in zip(owned, controls, strict=True):
                     parts[i] = part
-            if t > 0 or need_state:
+            if t > end or need_state:
                 p = self._add_costs(p, t, trajectory)
                 if linear is not None:
                     p = add_tangents(p, linear[t])
@@ -202,7 +218,8 @@ class System:
             return p, None
         if out is not None:
             return p, out
-        return p, to_rows(tuple(parts), self.blocks, self.proto, k)
+        shapes = tuple(self.blocks[i] for i in chosen)
+        return p, to_rows(tuple(parts[i] for i in chosen), shapes, self.proto, k)
 
     def condensed_product(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """H u: one rollout, one adjoint sweep, and R u; shape (k, P) to (k, P).
@@ -223,6 +240,26 @@ class System:
     def traceable_product(self, u: Tensor) -> Tensor:
         """`condensed_product` that writes into no buffers: torch.compile takes no strided ones."""
         return self._condensed(u, None, in_place=False)
+
+    def block_product(self, u: Tensor, columns: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """The part of (H - R) u at some blocks for a u that is zero but for some.
+
+        Nothing of the length of all controls is made, and no stage before the first of either.
+
+        Args:
+            u: Rows (k, length of `columns` together).
+            columns: Ids of the blocks that u consists of.
+            rows: Ids of the blocks that the result consists of.
+        """
+        views: list[Tensor | None] = [None] * len(self.blocks)
+        parts = u.split([self.sizes[i] for i in columns], dim=1)
+        for i, part in zip(columns, parts, strict=True):
+            views[i] = part.reshape(len(u), *self.blocks[i])
+        zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))
+        trajectory = self._roll(views, None, with_affine=False, columns=len(u))
+        product = self.adjoint(zero, trajectory, wanted=tuple(rows))[1]
+        assert product is not None
+        return product
 
     def check(self) -> None:
         """Raises if a stage's weights or batch are no longer what was linearised.
