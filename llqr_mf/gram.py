@@ -5,7 +5,7 @@ Rows and columns have the index j N + n, for column j of sample n's factor of Q_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import overload
 
 import torch
@@ -76,6 +76,36 @@ def closed_form_gram(
     mirror(total)
     gram = total.reshape(rank * samples, rank * samples)
     return gram if extra is None else (gram, h.flatten())
+
+
+@torch.no_grad()
+def grams_of_groups(problem: LQRProblem, groups: Sequence[Collection[int]]) -> list[Tensor] | None:
+    """G_t = L'J_t J_t'L of every group t of parameters, R left out: they add up to G at R = I.
+
+    One backward pass for all of them.
+
+    Args:
+        problem: From a network, with a terminal cost that has a factor.
+        groups: Ids of parameters.
+
+    Returns:
+        Tensors (r N, r N), or None as `closed_form_gram`.
+    """
+    factor = terminal_factor(problem)
+    if problem.origin is None or factor is None or not samples_are_apart(problem):
+        return None
+    deltas = torch.cat(list(_columns(problem, factor)))
+    rank, samples = deltas.shape[:2]
+    totals = [deltas.new_zeros(rank, samples, rank, samples) for _ in groups]
+    for bound, (cotangents,) in pull_back(problem, deltas):
+        assert cotangents is not None
+        for total, group in zip(totals, groups, strict=True):
+            scales = [1.0 if i in group else None for i in bound.inputs]
+            if any(scales) and not bound.node.add_gram(total, cotangents, scales):
+                return None
+    for total in totals:
+        mirror(total)
+    return [total.reshape(rank * samples, rank * samples) for total in totals]
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import SubmatrixOperator
+from ..operators import HessianBlockOperator
 from ..problem import LQRProblem
 from ..solvers.cg import cg
 from ..solvers.status import Code
@@ -27,17 +28,25 @@ class LayerBlocks(Structure):
 
     Args:
         problem: Whose Hessian.
+        groups: Patterns of parameter names (`Layout.select`), one for each block, that cover every
+            parameter once; None takes the layers.
         rtol: Tolerance of the CGs of the inverse, relative and layer by layer.
         max_iterations: Their limit; None takes `solvers.krylov.default_iterations`.
 
     Raises:
         TypeError: The problem has no layers at hand.
+        ValueError: The groups leave a parameter out, or have it twice.
     """
 
     kind = "layer_blocks"
 
     def __init__(
-        self, problem: LQRProblem, *, rtol: float = 1e-6, max_iterations: int | None = None
+        self,
+        problem: LQRProblem,
+        *,
+        groups: Sequence[str | Sequence[str]] | None = None,
+        rtol: float = 1e-6,
+        max_iterations: int | None = None,
     ) -> None:
         if not isinstance(problem, LQRProblem):
             raise TypeError(
@@ -45,16 +54,18 @@ class LayerBlocks(Structure):
                 "from a batch."
             )
         super().__init__(problem)
-        self.problem, self.rtol, self.max_iterations = problem, rtol, max_iterations
-        self.blocks = tuple(_blocks(problem))
+        self.problem, self.groups = problem, groups
+        self.rtol, self.max_iterations = rtol, max_iterations
+        chosen = layer_blocks(problem) if groups is None else grouped_blocks(problem, groups)
+        self.blocks = tuple(problem._block(mine, mine) for mine in chosen)
+        self._places = [problem.layout.places(mine).to(problem.device) for mine in chosen]
 
-    def _times_block(self, block: SubmatrixOperator, v: Tensor) -> Tensor:
+    def _times_block(self, block: HessianBlockOperator, v: Tensor) -> Tensor:
         return block.times_rows(v)
 
     def _rows(self, v: Tensor) -> Tensor:
         out = torch.empty_like(v)
-        for block in self.blocks:
-            place = block.chosen[0]
+        for block, place in zip(self.blocks, self._places, strict=True):
             out[:, place] = self._times_block(block, v[:, place])
         return out
 
@@ -64,7 +75,7 @@ class LayerBlocks(Structure):
 
     def inverse(self) -> Structure:
         """The solve with every block."""
-        return Layerwise(self.problem, rtol=self.rtol, max_iterations=self.max_iterations)
+        return Layerwise(self.problem, **self._options())
 
     @torch.no_grad()
     def logdet(self) -> Tensor:
@@ -73,7 +84,7 @@ class LayerBlocks(Structure):
         Raises:
             NotImplementedError: A layer has more than `DENSE_BLOCK` parameters.
         """
-        largest = max(len(block.chosen[0]) for block in self.blocks)
+        largest = max(len(place) for place in self._places)
         if largest > DENSE_BLOCK:
             raise NotImplementedError(
                 f"a layer has {largest} parameters and the log-determinant needs its dense block, "
@@ -100,6 +111,13 @@ class LayerBlocks(Structure):
             f"{type(self).__name__} is a problem's and cannot be averaged: make it anew."
         )
 
+    def _options(self) -> dict[str, Any]:
+        return {
+            "groups": self.groups,
+            "rtol": self.rtol,
+            "max_iterations": self.max_iterations,
+        }
+
     def assign_(self, other: LayerBlocks) -> None:
         """Takes over the problem of another."""
         self.check_alike(other)
@@ -114,16 +132,18 @@ class Layerwise(LayerBlocks):
 
     Args:
         problem: Whose Hessian.
+        groups: As of `LayerBlocks`.
         rtol: Tolerance of the CGs, relative and layer by layer.
         max_iterations: Their limit; None takes `solvers.krylov.default_iterations`.
 
     Raises:
         TypeError: The problem has no layers at hand.
+        ValueError: The groups leave a parameter out, or have it twice.
     """
 
     kind = "layerwise"
 
-    def _times_block(self, block: SubmatrixOperator, v: Tensor) -> Tensor:
+    def _times_block(self, block: HessianBlockOperator, v: Tensor) -> Tensor:
         result = cg(block, v.mT, rtol=self.rtol, max_iterations=self.max_iterations)
         code = result.status.code
         if code in (Code.NEGATIVE_CURVATURE, Code.NOT_FINITE):
@@ -139,24 +159,38 @@ class Layerwise(LayerBlocks):
 
     def inverse(self) -> Structure:
         """The blocks H_tt themselves."""
-        return LayerBlocks(self.problem, rtol=self.rtol, max_iterations=self.max_iterations)
+        return LayerBlocks(self.problem, **self._options())
 
     def logdet(self) -> Tensor:
         """Minus that of the blocks; raises as `LayerBlocks.logdet`."""
         return -super().logdet()
 
 
-def _blocks(problem: LQRProblem) -> list[SubmatrixOperator]:
-    sizes, device = problem.layout.sizes, problem.device
-    ranges = torch.arange(sum(sizes), device=device).split(sizes)
-    left = set(range(len(sizes)))
+def layer_blocks(problem: LQRProblem) -> list[tuple[int, ...]]:
+    """Ids of the parameters of every layer that has some, each in one layer."""
+    left = set(range(len(problem.names)))
     made = []
-    for owned in (*problem.system.owned, tuple(range(len(sizes)))):
-        mine = [i for i in dict.fromkeys(owned) if i in left]
+    for owned in (*problem.system.owned, range(len(problem.names))):
+        mine = tuple(i for i in dict.fromkeys(owned) if i in left)
         left.difference_update(mine)
         if mine:
-            place = torch.cat([ranges[i] for i in mine])
-            made.append(
-                SubmatrixOperator(problem.system.proto, base=problem.hessian, chosen=(place, place))
-            )
+            made.append(mine)
+    return made
+
+
+def grouped_blocks(
+    problem: LQRProblem, groups: Sequence[str | Sequence[str]]
+) -> list[tuple[int, ...]]:
+    """Ids of the parameters of every group.
+
+    Raises:
+        ValueError: The groups leave a parameter out, or have it twice.
+    """
+    made = [problem.layout.select(patterns) for patterns in groups]
+    taken = [i for mine in made for i in mine]
+    odd = [name for i, name in enumerate(problem.names) if taken.count(i) != 1]
+    if odd:
+        raise ValueError(
+            f"groups must have every parameter once: {odd[:4]} are left out or come twice."
+        )
     return made
