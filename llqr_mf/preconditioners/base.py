@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from ..operators.base import MatrixFreeOperator
@@ -46,6 +47,17 @@ class Structure(MatrixFreeOperator):
     @abstractmethod
     def inverse(self) -> Structure:
         """M^{-1}; shape (P, P). A snapshot: it does not follow later changes of M."""
+
+    def root(self) -> LinearOperator:
+        """F with F F' = M; shape (P, P), symmetric or not. A snapshot, as `inverse`.
+
+        Raises:
+            NotImplementedError: None is known for this kind.
+        """
+        raise NotImplementedError(
+            f"no root of a {type(self).__name__} is known: take a structure that is diagonal, "
+            "Kronecker, E-Kronecker or low rank, or a composition of those."
+        )
 
     @abstractmethod
     def logdet(self) -> Tensor:

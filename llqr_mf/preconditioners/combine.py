@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from .base import Parts, Structure
@@ -173,6 +174,10 @@ class Scaled(Composite):
     def inverse(self) -> Scaled:
         """D^{-1/2} N^{-1} D^{-1/2}."""
         return self._with((self.diagonal_part.inverse(), self.inner.inverse()))
+
+    def root(self) -> LinearOperator:
+        """D^{1/2} times the root of N."""
+        return self.diagonal_part.root() @ self.inner.root()
 
     def logdet(self) -> Tensor:
         """The sum of those of D and N."""

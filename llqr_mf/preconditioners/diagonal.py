@@ -43,6 +43,12 @@ class Diagonal(Structure):
         other.tensors = {name: 1 / tensor for name, tensor in self.tensors.items()}
         return other
 
+    def root(self) -> Diagonal:
+        """diag(sqrt(d))."""
+        other = self._bare()
+        other.tensors = {name: tensor.sqrt() for name, tensor in self.tensors.items()}
+        return other
+
     def logdet(self) -> Tensor:
         """The sum of log d."""
         return self.flat().log().sum()

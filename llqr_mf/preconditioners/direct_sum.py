@@ -8,8 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
 
+from ..operators.apply import apply_rows, apply_rows_t
+from ..operators.base import MatrixFreeOperator
 from .base import Parts, Structure
 from .blueprint import Blueprint, Like
 from .chart import Chart
@@ -90,6 +93,11 @@ class DirectSum(Composite):
         """blockdiag(M_1^{-1}, M_2^{-1}, ...)."""
         return self._with([structure.inverse() for structure in self.structures])
 
+    def root(self) -> LinearOperator:
+        """The structures' roots side by side."""
+        roots = tuple(structure.root() for structure in self.structures)
+        return _BlocksOperator(self._proto, whole=self, blocks=roots)
+
     def logdet(self) -> Tensor:
         """The sum of those of the structures."""
         return torch.stack([structure.logdet() for structure in self.structures]).sum()
@@ -115,6 +123,32 @@ class DirectSum(Composite):
             _SideBySide(self, [charts[i] if i < len(charts) else None for charts in columns])
             for i in range(most)
         )
+
+
+class _BlocksOperator(MatrixFreeOperator):
+    """Operators on the parameters of a direct sum's structures, side by side."""
+
+    def __init__(
+        self,
+        proto: Tensor,
+        *,
+        whole: DirectSum,
+        blocks: tuple[LinearOperator, ...],
+        columns: int | None = None,
+    ) -> None:
+        super().__init__(proto, columns=columns, whole=whole, blocks=blocks)
+        self.whole, self.blocks = whole, blocks
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.whole._sizes()
+
+    def _rows(self, v: Tensor) -> Tensor:
+        pairs = zip(self.blocks, self.whole.apart(v), strict=True)
+        return self.whole.together([apply_rows(block, part) for block, part in pairs])
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        pairs = zip(self.blocks, self.whole.apart(w), strict=True)
+        return self.whole.together([apply_rows_t(block, part) for block, part in pairs])
 
 
 class _SideBySide(Chart):

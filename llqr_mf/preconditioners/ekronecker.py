@@ -152,6 +152,14 @@ class EKronecker(Structure):
             other.spectrum(site).reciprocal_()
         return other
 
+    @torch.no_grad()
+    def root(self) -> EKronecker:
+        """The same bases and sqrt(D)."""
+        other = self.clone()
+        for site in self.sites:
+            other.spectrum(site).sqrt_()
+        return other
+
     def logdet(self) -> Tensor:
         """The sum of log D."""
         flat = torch.cat([self.spectrum(site).reshape(-1) for site in self.sites])

@@ -29,6 +29,10 @@ class Identity(Structure):
         """Itself."""
         return self
 
+    def root(self) -> Identity:
+        """Itself."""
+        return self
+
     def logdet(self) -> Tensor:
         """Zero."""
         return self._proto.new_zeros(())

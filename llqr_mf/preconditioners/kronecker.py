@@ -12,7 +12,7 @@ from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart
 from .sites import Biases, Kernels, Site, side_moments, sites, times_side
-from .spd import clip_eigenvalues, spd_inverse, spd_logdet, symmetrised
+from .spd import clip_eigenvalues, spd_inverse, spd_logdet, spd_root, symmetrised
 
 
 class Kronecker(Structure):
@@ -79,6 +79,16 @@ class Kronecker(Structure):
         other = self._bare()
         other.tensors = {
             name: 1 / factor if factor.ndim == 1 else spd_inverse(factor, name)
+            for name, factor in self.tensors.items()
+        }
+        return other
+
+    @torch.no_grad()
+    def root(self) -> Kronecker:
+        """The Kronecker product of the symmetric roots, each by eigenvalues in float64."""
+        other = self._bare()
+        other.tensors = {
+            name: factor.sqrt() if factor.ndim == 1 else spd_root(factor, name)
             for name, factor in self.tensors.items()
         }
         return other

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart
-from .spd import clip_eigenvalues, spd_inverse, spd_logdet, symmetrised
+from .diagonal import Diagonal
+from .spd import clip_eigenvalues, spd_inverse, spd_logdet, spd_root, symmetrised
 
 
 class LowRank(Structure):
@@ -149,6 +151,16 @@ class LowRank(Structure):
             other.tensors[f"{name}.diagonal"].reciprocal_()
         other.core.copy_(spd_inverse(self.core, self.core_name))
         return other
+
+    @torch.no_grad()
+    def root(self) -> LinearOperator:
+        """D^{1/2} (I + W' (K^{1/2} - I) W), which is not symmetric."""
+        inner, outer = self.clone(), Diagonal(self)
+        for name in self.layout.names:
+            outer.tensors[f"{name}.diagonal"].copy_(self.tensors[f"{name}.diagonal"].sqrt())
+            inner.tensors[f"{name}.diagonal"].fill_(1)
+        inner.core.copy_(spd_root(self.core, self.core_name))
+        return outer @ inner
 
     @torch.no_grad()
     def logdet(self) -> Tensor:

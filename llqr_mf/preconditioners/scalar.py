@@ -56,6 +56,12 @@ class Scalar(Structure):
         other.tensors = {name: 1 / scale for name, scale in self.tensors.items()}
         return other
 
+    def root(self) -> Scalar:
+        """sqrt(c_l)."""
+        other = self._bare()
+        other.tensors = {name: scale.sqrt() for name, scale in self.tensors.items()}
+        return other
+
     def logdet(self) -> Tensor:
         """The sum of log c over all weights."""
         return self._diagonal().double().log().sum().to(self.dtype)

@@ -31,6 +31,21 @@ def spd_inverse(matrix: Tensor, name: str) -> Tensor:
     return symmetrised(torch.cholesky_inverse(cholesky(matrix, name))).to(matrix.dtype)
 
 
+def spd_root(matrix: Tensor, name: str) -> Tensor:
+    """The symmetric root, in the matrix's dtype.
+
+    Raises:
+        ValueError: The matrix is not positive definite.
+    """
+    values, vectors = torch.linalg.eigh(symmetrised(matrix).double())
+    if not bool((values > 0).all()):
+        raise ValueError(
+            f"'{name}' is not positive definite: assign only symmetric positive-definite factors, "
+            "or fit with a larger floor."
+        )
+    return symmetrised((vectors * values.sqrt()) @ vectors.mT).to(matrix.dtype)
+
+
 def spd_logdet(matrix: Tensor, name: str) -> Tensor:
     """The log-determinant, a float64 scalar."""
     return 2 * cholesky(matrix, name).diagonal().log().sum()
