@@ -161,6 +161,11 @@ class LQRProblem(LayerOperators):
         """R of all controls; `R` has it layer by layer."""
         return self.system.control_cost
 
+    @property
+    def owned(self) -> tuple[tuple[int, ...], ...]:
+        """For every layer, the places in `names` of the parameters that enter there."""
+        return self.system.owned
+
     @cached_property
     def layout(self) -> Layout:
         """Which parameter stands where in a flat step."""

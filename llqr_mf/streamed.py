@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from math import isclose
 from typing import Any
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from .damping import control_cost
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer
+from .operators import ControlCostOperator
 from .operators.base import MatrixFreeOperator
 from .problem import LQRProblem
 
@@ -31,13 +35,17 @@ class StreamedProblem:
 
     Args:
         layers: All layers of `split(model)`.
-        batches: A sequence of (inputs, targets), or a function that returns a fresh iterable of
-            them, always the same ones.
+        batches: A `DataLoader` or sequence of (inputs, targets), or a function that returns a
+            fresh iterable of them; the same ones in every pass, which is checked.
         loss: As in `LQRProblem.from_network`.
         metric: Likewise; costs on layers' outputs are means too.
         damping: Likewise.
         columns: Likewise.
         progress: Whether to show a progress bar over the batches.
+
+    Raises:
+        ValueError: There are no batches, or a `DataLoader` shuffles.
+        RuntimeError: From a product, where the batches are not those of the first pass.
     """
 
     def __init__(
@@ -51,7 +59,13 @@ class StreamedProblem:
         columns: int | None = None,
         progress: bool = False,
     ) -> None:
+        if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
+            raise ValueError(
+                "batches is a DataLoader that shuffles, and every product needs the same batches: "
+                "make it with shuffle=False."
+            )
         self._layers, self._batches, self._columns = layers, batches, columns
+        self._sums: list[float] = []
         self._loss, self._metric = get_loss(loss), get_metric(metric)
         self._progress = progress
         self._rng = torch.get_rng_state()
@@ -72,7 +86,7 @@ class StreamedProblem:
         self.gradient = gradient / mass
         self.loss_value = value / mass
         self._mass = curvature_mass
-        self.layout = first.layout
+        self.layout, self.owned = first.layout, first.system.owned
         self.control_cost = control_cost(damping, first.system, [layer.name for layer in layers])
 
     @staticmethod
@@ -114,18 +128,45 @@ class StreamedProblem:
         """The parts of a flat step (P,) by parameter name."""
         return self.layout.unflatten(flat)
 
-    def product_rows(self, u: Tensor) -> Tensor:
-        """H u for rows (k, P)."""
-        total = torch.zeros_like(u)
+    def block(self, names: str | Sequence[str], *, damped: bool = True) -> LinearOperator:
+        """The part of H in some parameters, by name, as `LQRProblem.block`; symmetric."""
+        chosen = self.layout.select(names)
+        block = self._block(chosen, chosen)
+        if not damped:
+            return block
+        cost = self.control_cost.restrict(chosen)
+        return block + ControlCostOperator(self.gradient.new_empty(0), cost=cost)
+
+    def _block(self, rows: Sequence[int], columns: Sequence[int]) -> StreamedOperator:
+        """H_st without R."""
+        sizes = self.layout.sizes
+        return StreamedOperator(
+            self.gradient.new_empty(0),
+            problem=self,
+            of=lambda problem: problem._block(rows, columns, damped=False),
+            sizes=(sum(sizes[i] for i in rows), sum(sizes[i] for i in columns)),
+            columns=self._columns,
+        )
+
+    def mean_of_products(
+        self, of: Callable[[LQRProblem], MatrixFreeOperator], v: Tensor, *, transposed: bool
+    ) -> Tensor:
+        """The mean over all batches of an operator of each, without R, times rows (k, n)."""
+        total: Tensor | None = None
         for problem, targets in self._problems(check=False):
             outputs = problem.origin.outputs  # type: ignore[union-attr]
             weight = self._metric.mass(self._loss, outputs, targets) / self._mass
-            total.add_(problem.hessian._rows(u), alpha=weight)
-        return self.control_cost.add_product(u, total, in_place=True)
+            part = of(problem).times_rows(v, transposed=transposed).mul_(weight)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
         batches = self._batches() if callable(self._batches) else self._batches
+        count = 0
         for inputs, targets in tqdm(batches, disable=not self._progress, leave=False):
+            self._recognise(count, inputs, targets, first=check)
+            count += 1
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(self._rng)
                 problem = LQRProblem.from_network(
@@ -138,10 +179,63 @@ class StreamedProblem:
                     check=check,
                 )
             yield problem, targets
+        if count != len(self._sums):
+            raise RuntimeError(f"{count} batches came, and {len(self._sums)} in the first pass.")
+
+    def _recognise(self, place: int, inputs: Any, targets: Tensor, *, first: bool) -> None:
+        """Whether a batch is the one that came there in the first pass, by its sum."""
+        tensors = [
+            x
+            for x in (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets)
+            if isinstance(x, Tensor)
+        ]
+        total = sum(float(x.sum(dtype=torch.float64)) for x in tensors)
+        if first:
+            self._sums.append(total)
+        elif place >= len(self._sums) or not isclose(total, self._sums[place]):
+            raise RuntimeError(
+                f"batch {place} is not that of the first pass, so a product would be of other "
+                "data: fix the order (shuffle=False) and the seed of any augmentation."
+            )
 
 
-class StreamedHessianOperator(MatrixFreeOperator):
-    """H of a `StreamedProblem`: one pass over its batches per block of columns.
+class StreamedOperator(MatrixFreeOperator):
+    """The mean over batches of an operator of each: one pass per block of columns.
+
+    Args:
+        proto: Carries dtype and device.
+        problem: Whose batches.
+        of: The operator of one batch's problem.
+        sizes: Its shape.
+        columns: Columns per pass.
+    """
+
+    def __init__(
+        self,
+        proto: Tensor,
+        *,
+        problem: StreamedProblem,
+        of: Callable[[LQRProblem], MatrixFreeOperator],
+        sizes: tuple[int, int],
+        columns: int | None = None,
+    ) -> None:
+        super().__init__(proto, columns=columns, problem=problem, of=of, sizes=sizes)
+        self.problem, self.of, self.sizes = problem, of, sizes
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.sizes
+
+    def _rows(self, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.problem.mean_of_products(self.of, v, transposed=False)
+
+    def _rows_t(self, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.problem.mean_of_products(self.of, w, transposed=True)
+
+
+class StreamedHessianOperator(StreamedOperator):
+    """H of a `StreamedProblem`, with R.
 
     Args:
         proto: Carries dtype and device.
@@ -154,12 +248,10 @@ class StreamedHessianOperator(MatrixFreeOperator):
     def __init__(
         self, proto: Tensor, *, problem: StreamedProblem, columns: int | None = None
     ) -> None:
-        super().__init__(proto, columns=columns, problem=problem)
-        self.problem = problem
-
-    def _sizes(self) -> tuple[int, int]:
-        return self.problem.size, self.problem.size
+        MatrixFreeOperator.__init__(self, proto, columns=columns, problem=problem)
+        self.problem, self.of = problem, lambda one: one.hessian
+        self.sizes = (problem.size, problem.size)
 
     def _rows(self, v: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.problem.product_rows(v)
+        product = super()._rows(v)
+        return self.problem.control_cost.add_product(v, product, in_place=True)

@@ -86,3 +86,44 @@ def test_what_it_cannot_do_is_said() -> None:
     streamed = lq.StreamedProblem(layers, [data()], loss="cross_entropy")
     with pytest.raises(ValueError, match="cg"):
         lq.solve(streamed, "dual")
+
+
+def test_a_block_is_that_of_the_whole_batch() -> None:
+    layers = lq.split(model())
+    x, y = data()
+    whole = lq.LQRProblem.from_network(layers, x, y, loss="cross_entropy", damping=0.3)
+    chunks = lq.StreamedProblem.chunks(x, y, 4)
+    streamed = lq.StreamedProblem(layers, chunks, loss="cross_entropy", damping=0.3)
+    for damped in (True, False):
+        mine = streamed.block("*.weight", damped=damped)
+        theirs = whole.block("*.weight", damped=damped)
+        v = torch.randn(mine.shape[1], 2, dtype=torch.float64)
+        torch.testing.assert_close(mine @ v, theirs @ v, **CLOSE)
+        torch.testing.assert_close(mine.mT @ v, theirs @ v, **CLOSE)
+
+
+def test_a_data_loader_must_keep_its_order() -> None:
+    layers = lq.split(model())
+    pairs = torch.utils.data.TensorDataset(*data())
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)
+    streamed = lq.StreamedProblem(layers, loader, loss="cross_entropy", damping=0.3)
+    whole = lq.LQRProblem.from_network(layers, *data(), loss="cross_entropy", damping=0.3)
+    v = torch.randn(whole.size, dtype=torch.float64)
+    torch.testing.assert_close(streamed.hessian @ v, whole.hessian @ v, **CLOSE)
+    shuffled = torch.utils.data.DataLoader(pairs, batch_size=4, shuffle=True)
+    with pytest.raises(ValueError, match="shuffle=False"):
+        lq.StreamedProblem(layers, shuffled, loss="cross_entropy")
+
+
+@pytest.mark.parametrize("change", ["other", "fewer", "more"])
+def test_batches_that_change_between_passes_are_noticed(change: str) -> None:
+    x, y = data()
+    later = {
+        "other": lq.StreamedProblem.chunks(x.flip(0), y.flip(0), 5),
+        "fewer": lq.StreamedProblem.chunks(x[:5], y[:5], 5),
+        "more": lq.StreamedProblem.chunks(torch.cat([x, x]), torch.cat([y, y]), 5),
+    }
+    passes = iter([lq.StreamedProblem.chunks(x, y, 5), later[change]])
+    streamed = lq.StreamedProblem(lq.split(model()), lambda: next(passes), loss="cross_entropy")
+    with pytest.raises(RuntimeError, match="first pass"):
+        streamed.hessian @ torch.randn(streamed.size, dtype=torch.float64)

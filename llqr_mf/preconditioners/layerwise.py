@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.base import Problem
 from ..operators import HessianBlockOperator
 from ..problem import LQRProblem
 from ..solvers.cg import cg
@@ -166,11 +167,11 @@ class Layerwise(LayerBlocks):
         return -super().logdet()
 
 
-def layer_blocks(problem: LQRProblem) -> list[tuple[int, ...]]:
+def layer_blocks(problem: Problem) -> list[tuple[int, ...]]:
     """Ids of the parameters of every layer that has some, each in one layer."""
-    left = set(range(len(problem.names)))
+    left = set(range(len(problem.layout.names)))
     made = []
-    for owned in (*problem.system.owned, range(len(problem.names))):
+    for owned in (*problem.owned, range(len(problem.layout.names))):
         mine = tuple(i for i in dict.fromkeys(owned) if i in left)
         left.difference_update(mine)
         if mine:
@@ -179,7 +180,7 @@ def layer_blocks(problem: LQRProblem) -> list[tuple[int, ...]]:
 
 
 def grouped_blocks(
-    problem: LQRProblem, groups: Sequence[str | Sequence[str]]
+    problem: Problem, groups: Sequence[str | Sequence[str]]
 ) -> list[tuple[int, ...]]:
     """Ids of the parameters of every group.
 
@@ -188,7 +189,7 @@ def grouped_blocks(
     """
     made = [problem.layout.select(patterns) for patterns in groups]
     taken = [i for mine in made for i in mine]
-    odd = [name for i, name in enumerate(problem.names) if taken.count(i) != 1]
+    odd = [name for i, name in enumerate(problem.layout.names) if taken.count(i) != 1]
     if odd:
         raise ValueError(
             f"groups must have every parameter once: {odd[:4]} are left out or come twice."

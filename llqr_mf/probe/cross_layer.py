@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from ..fitting.report import plain_number
 from ..gram import grams_of_groups
+from ..methods.base import Problem
 from ..operators.apply import apply_rows
 from ..output_sweep import terminal_factor
 from ..preconditioners.layerwise import Layerwise, grouped_blocks, layer_blocks
 from ..problem import LQRProblem
 from ..solvers.dots import row_dots
+from ..streamed import StreamedProblem
 from .compare import compare
 from .draws import Kind
 from .probed import Probed
@@ -135,7 +138,7 @@ class CrossLayer:
 
 @torch.no_grad()
 def cross_layer(
-    problem: LQRProblem,
+    problem: Problem,
     *,
     groups: Sequence[str | Sequence[str]] | None = None,
     method: Method = "auto",
@@ -156,7 +159,7 @@ def cross_layer(
     for each vector, and both triangles are used.
 
     Args:
-        problem: Of one batch.
+        problem: Of one batch, or streamed: then by "hutchinson", and `decrease` must be False.
         groups: Patterns of parameter names, one for each group, that cover every parameter once;
             None takes the layers that have parameters.
         method: "gram" (exact), "hutchinson" (any curvature), or "auto".
@@ -174,21 +177,29 @@ def cross_layer(
         TypeError: The problem has no layers at hand.
         ValueError: The groups do not cover every parameter once, or "gram" has no closed form.
     """
-    if not isinstance(problem, LQRProblem):
+    if not isinstance(problem, LQRProblem | StreamedProblem):
         raise TypeError(
-            f"cross_layer needs an LQRProblem, not a {type(problem).__name__}: make one of a batch."
+            f"cross_layer needs a problem, not a {type(problem).__name__}: an operator alone does "
+            "not know its layers."
+        )
+    if decrease and isinstance(problem, StreamedProblem):
+        raise ValueError(
+            "decrease=True solves with the blocks of one batch's problem: set decrease=False, or "
+            "give an LQRProblem."
         )
     blocks = layer_blocks(problem) if groups is None else grouped_blocks(problem, groups)
     if method not in ("auto", "gram", "hutchinson"):
         raise ValueError(f"method={method!r}: choose 'auto', 'gram' or 'hutchinson'.")
     grams = None
-    if method == "gram" or (method == "auto" and _grams_fit(problem, len(blocks))):
+    if isinstance(problem, LQRProblem) and (
+        method == "gram" or (method == "auto" and _grams_fit(problem, len(blocks)))
+    ):
         grams = grams_of_groups(problem, blocks)
-        if grams is None and method == "gram":
-            raise ValueError(
-                "method='gram' needs a metric with a factored terminal cost alone, samples that do "
-                "not interact and no parameter read twice: use method='hutchinson'."
-            )
+    if grams is None and method == "gram":
+        raise ValueError(
+            "method='gram' needs a metric with a factored terminal cost alone, samples that do "
+            "not interact and no parameter read twice: use method='hutchinson'."
+        )
     products = 0
     if grams is not None:
         squares, error = _inner_products(grams), None
@@ -207,7 +218,8 @@ def cross_layer(
     norms = squares.clamp(min=0).sqrt()
     fraction = best = None
     if decrease:
-        layerwise = Layerwise(problem, groups=groups, **({} if rtol is None else {"rtol": rtol}))
+        assert isinstance(problem, LQRProblem)
+        layerwise = Layerwise(problem, groups=groups, rtol=1e-6 if rtol is None else rtol)
         report = compare(problem, {"layerwise": layerwise}, rtol=rtol, progress=progress)
         row = report["layerwise"]
         fraction, best, products = row.fraction, row.best_fraction, products + report.products
@@ -243,7 +255,7 @@ def _inner_products(grams: Sequence[Tensor]) -> Tensor:
 
 
 def _estimate(
-    problem: LQRProblem, blocks: Sequence[tuple[int, ...]], probed: Probed, vectors: int
+    problem: Problem, blocks: Sequence[tuple[int, ...]], probed: Probed, vectors: int
 ) -> tuple[Tensor, Tensor]:
     """E|H_st z|^2 and its standard error, both (T, T)."""
     if vectors < 2:
@@ -255,7 +267,7 @@ def _estimate(
     def squares(z: Tensor) -> tuple[Tensor]:
         made = torch.zeros(len(z), len(blocks), len(blocks), dtype=torch.float64)
         for t, (mine, place) in enumerate(zip(blocks, places, strict=True)):
-            column = problem._block(every, mine, damped=False)
+            column = _block_column(problem, every, mine)
             parts = apply_rows(column, z[:, place]).split(sizes, dim=1)
             probed.times.vectors += len(z)
             made[:, :, t] = torch.stack([row_dots(p, p).cpu() for p in parts], dim=1)
@@ -266,15 +278,24 @@ def _estimate(
     return samples.mean(0), samples.std(0) / len(samples) ** 0.5
 
 
+def _block_column(
+    problem: Problem, rows: tuple[int, ...], columns: tuple[int, ...]
+) -> LinearOperator:
+    """H[rows, columns] without R."""
+    if isinstance(problem, StreamedProblem):
+        return problem._block(rows, columns)
+    return problem._block(rows, columns, damped=False)
+
+
 def _names(
-    problem: LQRProblem,
+    problem: Problem,
     blocks: Sequence[tuple[int, ...]],
     groups: Sequence[str | Sequence[str]] | None,
 ) -> tuple[str, ...]:
     """Of the groups, or of the layers: what the parameters' names have in common."""
     if groups is not None:
         return tuple(g if isinstance(g, str) else " ".join(g) for g in groups)
-    return tuple(_common([problem.names[i] for i in mine]) for mine in blocks)
+    return tuple(_common([problem.layout.names[i] for i in mine]) for mine in blocks)
 
 
 def _common(names: Sequence[str]) -> str:

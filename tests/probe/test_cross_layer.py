@@ -146,6 +146,20 @@ def test_one_linear_layer_has_nothing_across() -> None:
     assert two.fraction is not None and two.fraction < 1
 
 
+def test_a_stream_has_the_map_of_the_whole_batch() -> None:
+    model, inputs, targets, loss = ZOO["mlp"]()
+    layers, options = lq.split(model), {"loss": loss, "damping": 0.1}
+    chunks = lq.StreamedProblem.chunks(inputs, targets, 3)
+    streamed = lq.StreamedProblem(layers, chunks, **options)
+    whole = lq.LQRProblem.from_network(layers, inputs, targets, **options)
+    asked = {"method": "hutchinson", "vectors": 5, "decrease": False}
+    a, b = (cross_layer(problem, **asked) for problem in (streamed, whole))
+    torch.testing.assert_close(a.norms, b.norms, rtol=1e-10, atol=1e-12)
+    assert a.names == b.names and a.products == b.products
+    with pytest.raises(ValueError, match="decrease=False"):
+        cross_layer(streamed)
+
+
 def test_report_and_picture() -> None:
     plt = pytest.importorskip("matplotlib.pyplot")
     found: CrossLayer = cross_layer(zoo_problem("mlp"))
@@ -164,5 +178,5 @@ def test_bad_input() -> None:
         cross_layer(problem, method="magic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="vectors"):
         cross_layer(problem, vectors=1)
-    with pytest.raises(TypeError, match="LQRProblem"):
+    with pytest.raises(TypeError, match="needs a problem"):
         cross_layer(problem.hessian)  # type: ignore[arg-type]
