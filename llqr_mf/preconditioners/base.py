@@ -54,14 +54,11 @@ class Structure(MatrixFreeOperator):
         Raises:
             NotImplementedError: None is known for this kind.
         """
-        raise NotImplementedError(
-            f"no root of a {type(self).__name__} is known: take a structure that is diagonal, "
-            "Kronecker, E-Kronecker or low rank, or a composition of those."
-        )
+        raise NotImplementedError(f"no root of a {type(self).__name__} is known.")
 
     @abstractmethod
     def logdet(self) -> Tensor:
-        """The log-determinant of M, a scalar."""
+        """The log-determinant of M, a float64 scalar."""
 
     @abstractmethod
     def scale_(self, c: float) -> None:

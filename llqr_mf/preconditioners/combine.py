@@ -96,7 +96,7 @@ class Sum(Composite):
                 f"the log-determinant of a sum needs the dense matrix, of size {DENSE_SIZE} at "
                 "most: estimate it by stochastic Lanczos quadrature."
             )
-        return spd_logdet(self.to_dense(), "the sum").to(self.dtype)
+        return spd_logdet(self.to_dense(), "the sum")
 
     @torch.no_grad()
     def scale_(self, c: float) -> None:

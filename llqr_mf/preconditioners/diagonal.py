@@ -51,7 +51,7 @@ class Diagonal(Structure):
 
     def logdet(self) -> Tensor:
         """The sum of log d."""
-        return self.flat().log().sum()
+        return self.flat().double().log().sum()
 
     def scale_(self, c: float) -> None:
         """Multiplies d by c."""

@@ -163,7 +163,7 @@ class EKronecker(Structure):
     def logdet(self) -> Tensor:
         """The sum of log D."""
         flat = torch.cat([self.spectrum(site).reshape(-1) for site in self.sites])
-        return flat.double().log().sum().to(self.dtype)
+        return flat.double().log().sum()
 
     @torch.no_grad()
     def scale_(self, c: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from .base import Parts, Structure
@@ -35,7 +36,7 @@ class Identity(Structure):
 
     def logdet(self) -> Tensor:
         """Zero."""
-        return self._proto.new_zeros(())
+        return self._proto.new_zeros((), dtype=torch.float64)
 
     def scale_(self, c: float) -> None:
         """Refused.

@@ -102,7 +102,7 @@ class Kronecker(Structure):
                 name = factor_name(site, side)
                 own = factor.double().log().sum() if factor.ndim == 1 else spd_logdet(factor, name)
                 total += math.prod(site.sides[:side] + site.sides[side + 1 :]) * own
-        return total.to(self.dtype)
+        return total
 
     @torch.no_grad()
     def scale_(self, c: float) -> None:

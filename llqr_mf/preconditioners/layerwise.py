@@ -92,7 +92,7 @@ class LayerBlocks(Structure):
                 f"{DENSE_BLOCK} at most: estimate it from `problem.hessian` instead."
             )
         parts = [spd_logdet(block.to_dense(), "a block of H") for block in self.blocks]
-        return torch.stack(parts).sum().to(self.dtype)
+        return torch.stack(parts).sum()
 
     def scale_(self, c: float) -> None:
         """Refused.

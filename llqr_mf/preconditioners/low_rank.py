@@ -165,9 +165,7 @@ class LowRank(Structure):
     @torch.no_grad()
     def logdet(self) -> Tensor:
         """The sum of log D, and log det K."""
-        return (self.flat().double().log().sum() + spd_logdet(self.core, self.core_name)).to(
-            self.dtype
-        )
+        return self.flat().double().log().sum() + spd_logdet(self.core, self.core_name)
 
     @torch.no_grad()
     def scale_(self, c: float) -> None:

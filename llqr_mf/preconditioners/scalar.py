@@ -64,7 +64,7 @@ class Scalar(Structure):
 
     def logdet(self) -> Tensor:
         """The sum of log c over all weights."""
-        return self._diagonal().double().log().sum().to(self.dtype)
+        return self._diagonal().double().log().sum()
 
     @torch.no_grad()
     def scale_(self, c: float) -> None:

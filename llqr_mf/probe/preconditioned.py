@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 from linear_operator import LinearOperator
-from linear_operator.operators import DenseLinearOperator
 from torch import Tensor
 
 from ..operators.apply import apply_rows, apply_rows_t
 from ..operators.base import MatrixFreeOperator
-from ..preconditioners.base import Structure
-from ..preconditioners.spd import cholesky
+from ..preconditioners.roots import root_of
 from .probed import Probeable, symmetric_operator
 
 
@@ -49,25 +47,21 @@ class PreconditionedOperator(MatrixFreeOperator):
         return apply_rows_t(self.root, curved.to(self.root.dtype)).to(v.dtype)
 
 
-def preconditioned(H: Probeable, M: Structure | Tensor) -> PreconditionedOperator:
+def preconditioned(H: Probeable, M: LinearOperator | Tensor) -> PreconditionedOperator:
     """The operator whose eigenvalues are those of M^{1/2} H M^{1/2}, to be probed like any other.
 
     With M = H^{-1} all of them are 1; their spread is what CG sees of a preconditioned problem.
 
     Args:
         H: A symmetric operator or a problem.
-        M: A structured inverse preconditioner, or a small dense one.
+        M: A structured inverse preconditioner, a diagonal, or a small dense one.
 
     Raises:
-        ValueError: The shapes differ, or M is not positive definite.
-        NotImplementedError: M is of a kind without a known root.
+        ValueError: The shapes differ, M is not positive definite, or of a kind without a known
+            root.
     """
     inner = symmetric_operator(H)
     if tuple(M.shape) != tuple(inner.shape):
         raise ValueError(f"M has shape {tuple(M.shape)} and H {tuple(inner.shape)}.")
-    if isinstance(M, Tensor):
-        root: LinearOperator = DenseLinearOperator(cholesky(M, "M").to(M.dtype))
-    else:
-        root = M.root()
     proto = torch.empty(0, dtype=inner.dtype, device=inner.device)
-    return PreconditionedOperator(proto, inner=inner, root=root)
+    return PreconditionedOperator(proto, inner=inner, root=root_of(M))

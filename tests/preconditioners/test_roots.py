@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from linear_operator.operators import DiagLinearOperator
 from networks import ZOO
 from structure_cases import LAYOUTS, MAKERS, generator, randomise
 
 import llqr_mf as lq
 from llqr_mf.preconditioners import Layerwise, Structure
+from llqr_mf.preconditioners.roots import inverse_root_of, logdet_of, root_of
 from llqr_mf.probe.preconditioned import preconditioned
 
 WITH_ROOT = sorted(set(MAKERS) - {"sum"})
@@ -61,6 +63,31 @@ def test_a_dense_preconditioner_and_the_exact_inverse() -> None:
     torch.testing.assert_close(seen, torch.eye(problem.size).to(seen), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", WITH_ROOT)
+def test_the_root_of_the_inverse_is_the_inverse_transposed_root(kind: str) -> None:
+    M = drawn(kind, LAYOUTS["mlp"]())
+    eye = torch.eye(M.shape[0], dtype=M.dtype)
+    product = root_of(M).mT @ (inverse_root_of(M) @ eye)
+    torch.testing.assert_close(product, eye, rtol=0, atol=1e-9)
+    expected = torch.linalg.slogdet(M.to_dense())[1]
+    assert logdet_of(M) == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_roots_of_matrices_and_diagonals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    d = torch.rand(5, dtype=torch.float64, generator=generator) + 0.1
+    eye = torch.eye(5).double()
+    for M in (half @ half.mT + eye, DiagLinearOperator(d)):
+        dense = M if isinstance(M, torch.Tensor) else torch.diag(d)
+        F, inverse = root_of(M) @ eye, inverse_root_of(M) @ eye
+        torch.testing.assert_close(F @ F.mT, dense, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(F.mT @ inverse, eye, rtol=0, atol=1e-11)
+        assert logdet_of(M) == pytest.approx(float(torch.linalg.slogdet(dense)[1]))
+    with pytest.raises(ValueError, match="diagonal is not positive"):
+        root_of(DiagLinearOperator(-d))
+
+
 def test_bad_input() -> None:
     model, inputs, targets, loss = ZOO["mlp"]()
     problem = lq.LQRProblem.from_network(lq.split(model), inputs, targets, loss=loss, damping=0.1)
@@ -68,5 +95,5 @@ def test_bad_input() -> None:
         preconditioned(problem, torch.eye(3))
     with pytest.raises(ValueError, match="positive definite"):
         preconditioned(problem, -torch.eye(problem.size, dtype=problem.dtype))
-    with pytest.raises(NotImplementedError, match="root"):
+    with pytest.raises(ValueError, match="root"):
         preconditioned(problem, Layerwise(problem))

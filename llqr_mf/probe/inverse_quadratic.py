@@ -1,0 +1,153 @@
+"""b'A^{-1}b between two bounds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from ..operators.apply import apply_rows, as_operator
+from ..solvers.cg import CGResult, cg
+from ..solvers.dots import row_dots
+from ..solvers.product import RowProduct, multiply
+from ..solvers.quadrature import SLACK, bracket, gauss
+from ..solvers.status import Code
+from .estimate import Estimate
+from .probed import Probeable, symmetric_operator
+
+NO_VALUE = (Code.NEGATIVE_CURVATURE, Code.INDEFINITE, Code.NOT_FINITE)
+"""How a CG ends whose coefficients say nothing."""
+
+
+@torch.no_grad()
+def inverse_quadratic(
+    A: Probeable,
+    b: Tensor,
+    *,
+    preconditioner: RowProduct | Tensor | None = None,
+    lower: float | None = None,
+    rtol: float = 1e-6,
+    max_iterations: int | None = None,
+    progress: bool = False,
+) -> Estimate:
+    """b'A^{-1}b for a positive-definite A, of one vector or of each column; nothing is random.
+
+    With the x of CG and its true residual r = b - A x, whatever the rounding that x has seen,
+
+        b'A^{-1}b = b'x + x'r + r'A^{-1}r,      0 <= r'A^{-1}r <= r'r / lower.
+
+    The first two terms are the lower bound. (b'x alone, the Gauss rule of the CG, is one to first
+    order in r.) In float64 and without M the upper bound is that of the Gauss-Radau rule with a
+    node at `lower` where that is less (Golub and Meurant 2010, chapter 12). The value is the middle
+    and `bias_bound` half of what is between. Without `lower` the last term is estimated as r'Mr
+    over the smallest Ritz value of M A, which is not below its smallest eigenvalue: then
+    `bias_bound` is no bound, but of the right size once CG has converged.
+
+    `max_iterations` may end a solve early: the bounds are then wide, and right.
+    Rounding of the products, which no residual shows, adds up to about eps |A| |x|^2 to either end.
+
+    Args:
+        A: A symmetric positive-definite operator or matrix, or a problem, whose Hessian with its
+            damping is meant.
+        b: Shape (n,) or columns (n, k), in A's dtype.
+        preconditioner: M, about A^{-1}, positive definite.
+        lower: A lower bound of the spectrum of A, say the damping; positive.
+        rtol: Relative residual at which a column stops.
+        max_iterations: Of the whole block; None takes `solvers.krylov.default_iterations`.
+        progress: Show a progress bar.
+
+    Returns:
+        The numbers, float64, shape () or (k,), with a standard error of 0. `products` counts
+        vectors.
+
+    Raises:
+        ValueError: A is not positive definite along b's Krylov space, or an argument does not fit.
+    """
+    check_lower(lower)
+    check_rtol(rtol)
+    operator = symmetric_operator(A)
+    if isinstance(preconditioner, Tensor):
+        preconditioner = as_operator(preconditioner)
+    solved = cg(
+        operator,
+        b,
+        preconditioner=preconditioner,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        progress=progress,
+    )
+    check_definite(solved)
+    rows = b.reshape(1, -1) if b.ndim == 1 else b.mT
+    x = solved.x.reshape(1, -1) if b.ndim == 1 else solved.x.mT
+    r = rows - apply_rows(operator, x.contiguous())
+    below = row_dots(rows, x) + row_dots(x, r)
+    if lower is not None:
+        gap = row_dots(r, r) / lower
+        if preconditioner is None and b.dtype == torch.float64:
+            square = row_dots(rows, rows)
+            gap = torch.fmin(gap, (_radau(solved, square, lower) - below).clamp(min=0))
+    else:
+        gap = row_dots(r, _times(preconditioner, r)) / _smallest_ritz(solved, len(rows))
+    value, error = below + gap / 2, gap / 2
+    if b.ndim == 1:
+        value, error = value[0], error[0]
+    return Estimate(
+        value=value,
+        standard_error=torch.zeros_like(value),
+        samples=1,
+        products=(solved.products + 1) * len(rows),
+        seed=0,
+        method="conjugate gradients",
+        bias_bound=error,
+    )
+
+
+def check_lower(lower: float | None) -> None:
+    """Raises a ValueError for a bound of a positive-definite spectrum that is not positive."""
+    if lower is not None and not (lower > 0 and math.isfinite(lower)):
+        raise ValueError(f"lower is {lower}: give a positive bound of the spectrum, or None.")
+
+
+def check_rtol(rtol: float) -> None:
+    """Raises a ValueError for a tolerance with which CG would not set out."""
+    if not 0 <= rtol < 1:
+        raise ValueError(f"rtol is {rtol}: give a number from 0 to less than 1.")
+
+
+def check_definite(solved: CGResult) -> None:
+    """Raises a ValueError where CG has met what is not positive definite, or not finite."""
+    if any(code in NO_VALUE for code in solved.codes):
+        raise ValueError(f"this needs a positive-definite operator: {solved.status}")
+
+
+def _times(preconditioner: RowProduct | None, r: Tensor) -> Tensor:
+    """M r."""
+    if preconditioner is None:
+        return r
+    narrow = preconditioner.dtype if isinstance(preconditioner, LinearOperator) else r.dtype
+    return multiply(preconditioner, r.to(narrow), None).to(r.dtype)
+
+
+def _radau(solved: CGResult, square: Tensor, lower: float) -> Tensor:
+    """The upper bounds of Gauss-Radau rules, given b'b of every column."""
+    made = []
+    for j in range(len(square)):
+        diagonal, off = solved.tridiagonal(j)
+        if len(diagonal) == 0:
+            made.append(torch.zeros_like(square[j]))
+            continue
+        value, error = bracket(diagonal, off, torch.reciprocal, lower=lower)
+        # The node is moved by as many roundings of T, and its share is not above 1 / lower.
+        moved = 2 * SLACK * torch.finfo(torch.float64).eps * diagonal.max() / lower
+        made.append((value + error) * square[j] * (1 + moved))
+    return torch.stack(made)
+
+
+def _smallest_ritz(solved: CGResult, columns: int) -> Tensor:
+    made = []
+    for j in range(columns):
+        diagonal, off = solved.tridiagonal(j)
+        made.append(gauss(diagonal, off)[0][0] if len(diagonal) else diagonal.new_ones(()))
+    return torch.stack(made)
