@@ -1,6 +1,15 @@
 """Matrix-free Layerwise LQR: exact curvature steps of deep nets, without a matrix."""
 
-from . import losses, metrics, operators, optimizer, preconditioners, probe, solvers
+from . import (
+    gaussian_process,
+    losses,
+    metrics,
+    operators,
+    optimizer,
+    preconditioners,
+    probe,
+    solvers,
+)
 from .apply_step import apply_step_
 from .fitting import FitReport, fit
 from .levenberg_marquardt import LevenbergMarquardt
@@ -28,6 +37,7 @@ __all__ = [
     "StreamedProblem",
     "apply_step_",
     "fit",
+    "gaussian_process",
     "losses",
     "metrics",
     "operators",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -43,8 +43,7 @@ class Estimate:
         Args:
             level: The share of seeds whose interval is to hold the true value.
         """
-        wide = student.ppf((1 + level) / 2, max(1, self.samples - 1))
-        half = wide * self.standard_error + self.bias_bound
+        half = wide_of(level, self.samples) * self.standard_error + self.bias_bound
         return self.value - half, self.value + half
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +66,11 @@ class Estimate:
             f"{float(self.value):.6g} +- {float(self.standard_error):.2g} "
             f"({self.method}, {self.products} products)"
         )
+
+
+def wide_of(level: float, samples: int) -> float:
+    """Half the width of an interval of that level in standard errors, by Student's t."""
+    return float(stdtrit(max(1, samples - 1), (1 + level) / 2))
 
 
 def mean_estimate(

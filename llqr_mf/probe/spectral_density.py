@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from .draws import Kind
-from .estimate import Estimate, mean_estimate
+from .estimate import Estimate, mean_estimate, wide_of
 from .probed import Probeable
 from .spectral_sum import lanczos_runs
 
@@ -277,7 +276,7 @@ class SpectralDensity:
             ]
         )
         made = mean_estimate(curves, products=self.products, seed=self.seed, method="density")
-        wide = student.ppf((1 + level) / 2, max(1, len(curves) - 1)) * made.standard_error
+        wide = wide_of(level, len(curves)) * made.standard_error
         return Band(grid, made.value, (made.value - wide).clamp(min=0), made.value + wide)
 
 
