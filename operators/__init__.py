@@ -7,6 +7,7 @@ from .control import ControlOperator
 from .control_cost import ControlCost
 from .control_hessian import ControlCostOperator, ControlHessianOperator
 from .cross_hessian import CrossHessianOperator
+from .cross_kernel import CrossKernelOperator
 from .from_function import FunctionOperator, from_function
 from .gain import GainOperator
 from .graphed import GraphedOperator, graphed
@@ -29,6 +30,7 @@ __all__ = [
     "ControlHessianOperator",
     "ControlOperator",
     "CrossHessianOperator",
+    "CrossKernelOperator",
     "FunctionOperator",
     "GainOperator",
     "GraphedOperator",

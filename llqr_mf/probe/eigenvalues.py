@@ -123,8 +123,8 @@ def eigenvalues(
         initial: Columns (n, j) near the wanted vectors, say those of the weights before.
         rtol: A pair has converged with |A x - value x| <= rtol max |value|, the largest met on the
             way. None takes the root of the rounding of the dtype: 1.5e-8 in float64, 3.5e-4 in
-            float32. The error of a value is then of the size of rounding where the others are
-            well apart from it.
+            float32, 1e-2 in half precisions. The error of a value is then of the size of rounding
+            where the others are well apart from it.
         max_products: Most vectors multiplied. None takes 1000, or more for a large basis.
         seed: Of the random start: the same seed gives the same bits.
         progress: Whether to show a progress bar.

@@ -1,0 +1,287 @@
+"""The Laplace posterior of a trained network, and what it predicts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from torch import Tensor
+
+from ..operators.output_curvature import OutputCurvature
+from ..operators.tangent import from_rows
+from ..output_sweep import required_factor, terminal_factor
+from ..probe.draws import draw
+from ..problem import LQRProblem
+from ..streamed import StreamedProblem
+from .likelihood import likelihood_of, prior_cost
+from .linearised import linearised, output_width
+from .posterior import (
+    CGPosterior,
+    Covariance,
+    DualPosterior,
+    Posterior,
+    data_gram,
+    has_gram,
+    with_control_cost,
+)
+from .predictive import Approximation, bernoulli_probabilities, class_probabilities
+
+Method: TypeAlias = Literal["auto", "dual", "cg"]
+"""How the posterior's precision is solved with."""
+
+PriorMean: TypeAlias = Literal["zero", "weights"] | Tensor
+"""Zero, the trained weights themselves, or flat weights (P,)."""
+
+
+class Laplace:
+    """The posterior N(theta, Lambda^{-1}) of a network linearised at its trained weights theta.
+
+        Lambda = sum_n J_n' H_n J_n + delta I = s (H_mean + (delta / s) I)
+
+    with J_n the outputs' derivative in the weights, H_n the curvature of sample n's negative
+    log-likelihood, and s what makes a likelihood of the mean loss (`Likelihood` has the table: N
+    for cross-entropy, N D / (2 v) for "mse" with the noise variance v). So the problem's damping R
+    stands for the prior precision s R (MacKay 1992; Immer et al. 2021 for the linearised network).
+    No per-sample Jacobian is ever formed.
+
+    "dual" works in the space of the data: one Gram matrix (N r, N r) and one Cholesky factor of it,
+    then a prediction is products of samples and its variances cost no solve. Exact; the cost does
+    not see the number of weights but for the width of the layers. Make the model float64 for it:
+    I + G has a condition number of s |K| / delta. "cg" solves with Lambda for every output
+    that is asked for. "auto" takes dual where the Gram matrix has a closed form and N r <= 16384,
+    or N r <= 1024, and else cg.
+
+    Args:
+        problem: At trained weights, of the whole training set, with metric "gauss_newton" or
+            "fisher"; a `StreamedProblem` goes with "cg".
+        prior_precision: delta. None: s times the problem's damping.
+        noise: The variance v of the observations, for "mse" (`choose_prior` finds both).
+        method: "auto", "dual" or "cg".
+        rtol: Of the solves of "cg".
+        max_iterations: Of those.
+
+    Attributes:
+        likelihood: What the loss stands for.
+        noise: v, or None.
+        scale: s.
+
+    Raises:
+        ValueError: The problem is not such a one, an option does not fit, or "dual" has no Gram
+            matrix.
+    """
+
+    def __init__(
+        self,
+        problem: LQRProblem | StreamedProblem,
+        *,
+        prior_precision: float | None = None,
+        noise: float | None = None,
+        method: Method = "auto",
+        rtol: float = 1e-6,
+        max_iterations: int | None = None,
+    ) -> None:
+        if method not in get_args(Method):
+            raise ValueError(f"method={method!r}: choose 'auto', 'dual' or 'cg'.")
+        self.likelihood = likelihood_of(problem)
+        self.likelihood.check_noise(noise)
+        self.noise, self.scale = noise, float(self.likelihood.scale(noise))
+        cost = prior_cost(problem, prior_precision, self.scale)
+        self._given = problem
+        self._options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations}
+        damped = with_control_cost(problem, cost)
+        if isinstance(problem, StreamedProblem):
+            if method == "dual":
+                raise ValueError(
+                    "method='dual' needs all data in one problem, and a StreamedProblem has "
+                    "batches: use method='cg'."
+                )
+            method = "cg"
+        else:
+            required_factor(problem, "Laplace posteriors")
+            if method == "auto":
+                method = "dual" if has_gram(problem) else "cg"
+        self.posterior: Posterior
+        gram = data_gram(damped) if method == "dual" else None  # type: ignore[arg-type]
+        if gram is not None:
+            assert isinstance(damped, LQRProblem)
+            self.posterior = DualPosterior(damped, self.scale, gram)
+        elif method == "dual":
+            raise ValueError(
+                "method='dual' has no Gram matrix here: samples interact, a parameter is read "
+                "twice, or there are too many of them. Use method='cg', or fewer samples."
+            )
+        else:
+            self.posterior = CGPosterior(damped, self.scale, **self._options)
+
+    @property
+    def method(self) -> str:
+        """The method that was taken: "dual" or "cg"."""
+        return self.posterior.method
+
+    @property
+    def prior_precision(self) -> float | tuple[float, ...]:
+        """Delta; where the problem's damping differs from parameter to parameter, one for each."""
+        cost = self.posterior.problem.control_cost
+        if cost.uniform is not None:
+            return cost.uniform * self.scale
+        return tuple(value * self.scale for value in cost.block_values or ())
+
+    def with_prior(self, prior_precision: float, noise: float | None = None) -> Laplace:
+        """The same posterior with another prior and noise; the Gram matrix is kept.
+
+        Args:
+            prior_precision: delta.
+            noise: v; None keeps it.
+        """
+        noise = self.noise if noise is None else noise
+        self.likelihood.check_noise(noise)
+        scale = float(self.likelihood.scale(noise))
+        cost, old = prior_cost(self._given, prior_precision, scale), self.posterior
+        other = Laplace.__new__(Laplace)
+        other.__dict__.update(self.__dict__)
+        other.noise, other.scale = noise, scale
+        damped = with_control_cost(self._given, cost)
+        uniform = old.problem.control_cost.uniform
+        if not isinstance(old, DualPosterior):
+            other.posterior = CGPosterior(damped, scale, **self._options)
+            return other
+        assert isinstance(damped, LQRProblem) and cost.uniform is not None
+        if uniform is None:
+            gram = data_gram(damped)
+            assert gram is not None
+        else:
+            gram = old.gram * (uniform / cost.uniform)
+        other.posterior = DualPosterior(damped, scale, gram)
+        return other
+
+    # ---- predictions
+
+    def predict(self, inputs: Any) -> MultivariateNormal:
+        """The outputs f(x*) at new inputs, without the noise of observations.
+
+        Args:
+            inputs: One batch, samples first; a tuple of tensors for several inputs.
+
+        Returns:
+            A gpytorch `MultivariateNormal` over M samples for one output, and for D a
+            `MultitaskMultivariateNormal` (M, D); the mean is the network's output, the covariance
+            a lazy operator. A likelihood of gpytorch adds the noise.
+        """
+        problem, covariance = self._predicted(inputs)
+        assert problem.origin is not None
+        mean = problem.origin.outputs.reshape(len(problem.origin.outputs), -1)
+        if mean.shape[1] == 1:
+            return MultivariateNormal(mean[:, 0], covariance)
+        return MultitaskMultivariateNormal(mean, covariance)
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        inputs: Any,
+        *,
+        method: Approximation = "monte_carlo",
+        samples: int = 1000,
+        seed: int = 0,
+    ) -> Tensor:
+        """The predictive probabilities of the classes, (M, C), or of each logit for a bce loss.
+
+        Args:
+            inputs: As in `predict`.
+            method: "monte_carlo" or "probit"; see `class_probabilities`.
+            samples: Draws of "monte_carlo".
+            seed: Of those.
+
+        Raises:
+            ValueError: The loss is "mse", or outputs have more than one position.
+        """
+        if self.likelihood.gaussian:
+            raise ValueError("the loss is 'mse', which has no classes: use predict(inputs).")
+        problem, covariance = self._predicted(inputs)
+        assert problem.origin is not None
+        mean = problem.origin.outputs
+        if not self.likelihood.bernoulli and mean.ndim != 2:
+            raise ValueError(
+                f"outputs have shape {tuple(mean.shape)}: class probabilities are for (M, C)."
+            )
+        mean = mean.reshape(len(mean), -1)
+        of = bernoulli_probabilities if self.likelihood.bernoulli else class_probabilities
+        return of(mean, covariance.blocks(), method=method, samples=samples, seed=seed)
+
+    # ---- the posterior of the weights
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Draws u of the posterior of theta + u, rows (count, P), by solving with noise.
+
+        u = Lambda^{-1} (s^{1/2} J'L e_1 + delta^{1/2} e_2) with standard normal e_1, e_2
+        (Papandreou and Yuille 2010).
+
+        Args:
+            count: How many; draw number i does not depend on it.
+            seed: Of the noise.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"count is {count!r}: give at least 1.")
+        problem = self.posterior.problem
+        made = problem.hessian._proto.new_empty(count, problem.size)
+        values = problem.control_cost.block_values
+        assert values is not None
+        for start in range(0, count, self.posterior.columns):
+            which = range(start, min(start + self.posterior.columns, count))
+            noise = draw("gaussian", problem.size, which, seed, made)
+            for part, value in zip(
+                noise.split(problem.control_cost.sizes, dim=1), values, strict=True
+            ):
+                part.mul_(value**0.5)
+            self._add_data_noise(noise, which, seed)
+            made[which.start : which.stop] = self.posterior.solve_rows(noise)
+            del noise
+        return made.div_(self.scale**0.5)
+
+    def _add_data_noise(self, rows: Tensor, which: range, seed: int) -> None:
+        """Adds J'L e for every batch of the data."""
+        problem = self.posterior.problem
+        if isinstance(problem, LQRProblem):
+            _add_noise_of(problem, rows, 1.0, which, seed, 1)
+            return
+        for batch, (part, targets) in enumerate(problem._problems(check=False)):
+            assert part.origin is not None
+            weight = problem._metric.mass(problem._loss, part.origin.outputs, targets)
+            _add_noise_of(part, rows, weight / problem._mass, which, seed, batch + 1)
+
+    def _predicted(self, inputs: Any) -> tuple[LQRProblem, Covariance]:
+        given = self._given
+        if isinstance(given, StreamedProblem):
+            layers, columns = given._layers, given._columns
+        else:
+            assert given.origin is not None
+            layers, columns = given.origin.layers, given._columns
+        new = linearised(layers, inputs, columns=columns)
+        if output_width(new) != self.likelihood.width:
+            raise ValueError(
+                f"the network has {output_width(new)} outputs per sample at these inputs and had "
+                f"{self.likelihood.width} on the data: give inputs of the same shape."
+            )
+        damped = with_control_cost(new, self.posterior.problem.control_cost)
+        assert isinstance(damped, LQRProblem)
+        with torch.no_grad():
+            return damped, self.posterior.covariance(damped)
+
+
+def _add_noise_of(
+    problem: LQRProblem, rows: Tensor, weight: float, which: range, seed: int, batch: int
+) -> None:
+    factor = terminal_factor(problem)
+    if not isinstance(factor, OutputCurvature) or factor.rank is None:
+        raise ValueError(
+            "sample needs a curvature with a factor: use metric='gauss_newton' or 'fisher' with a "
+            "built-in loss."
+        )
+    size = factor.rank * factor.samples
+    # Seeds of their own for every batch.
+    noise = draw("gaussian", size, which, seed + (batch << 64), rows)
+    costate = factor.factor(noise.reshape(len(noise), factor.rank, factor.samples))
+    system = problem.system
+    shapes = system.state_shapes(system.horizon)
+    rows.add_(system.output_product_t(from_rows(costate, shapes), len(rows)), alpha=weight**0.5)

@@ -1,0 +1,176 @@
+"""From a mean loss to a likelihood: the factor between the two, and what it leaves out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import Loss
+from ..losses.bce import BCEWithLogits
+from ..losses.cross_entropy import CrossEntropy
+from ..losses.mse import MeanSquaredError
+from ..metrics.base import Metric
+from ..metrics.fisher import Fisher
+from ..metrics.gauss_newton import GaussNewton
+from ..operators.control_cost import ControlCost
+from ..operators.softmax_curvature import SoftmaxCurvature
+from ..output_sweep import terminal_factor
+from ..problem import LQRProblem
+from ..streamed import StreamedProblem
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """-log p(D | theta) = s loss + constant, for a loss that is a mean.
+
+    | loss | likelihood | s | constant |
+    |---|---|---|---|
+    | "cross_entropy" | categorical | N, the positions that count | 0 |
+    | "bce_with_logits" | Bernoulli | N D | 0 |
+    | "mse", a mean of N D squares | Gaussian, variance v | N D / (2 v) | (N D / 2) log(2 pi v) |
+
+    So the posterior's precision
+    Lambda = sum_n J_n' H_n J_n + delta I is s times a problem's Hessian with the damping delta / s:
+    a problem with damping R stands for the prior precision s R.
+
+    Args:
+        mass: N, or what else the loss's mean divides by, but for the D of "mse".
+        loss_value: The mean loss.
+        width: D.
+        gaussian: Whether a noise belongs to it.
+        bernoulli: Whether outputs are logits of their own.
+    """
+
+    mass: float
+    loss_value: float
+    width: int
+    gaussian: bool
+    bernoulli: bool
+
+    def scale(self, noise: float | Tensor | None = None) -> float | Tensor:
+        """The factor s; `noise` is the variance v."""
+        if not self.gaussian:
+            return self.mass
+        assert noise is not None
+        return self.mass * self.width / (2 * noise)
+
+    def log_likelihood(self, noise: float | Tensor | None = None) -> Tensor:
+        """Log p(D | theta), float64; of the shape of `noise`."""
+        if not self.gaussian:
+            return torch.tensor(-self.mass * self.loss_value, dtype=torch.float64)
+        assert noise is not None
+        v = torch.as_tensor(noise, dtype=torch.float64)
+        count = self.mass * self.width
+        return -count / 2 * (self.loss_value / v + torch.log(2 * math.pi * v))
+
+    def check_noise(self, noise: float | None) -> None:
+        """Raises a ValueError unless a noise is there where one belongs, and positive."""
+        if self.gaussian and noise is None:
+            raise ValueError(
+                "noise is missing: 'mse' has no variance of its own, so give noise=sigma**2, or "
+                "let choose_prior(problem) find it."
+            )
+        if not self.gaussian and noise is not None:
+            raise ValueError(f"noise is {noise} and the loss is no 'mse': leave it out.")
+        if noise is not None:
+            positive("noise", noise)
+
+
+def likelihood_of(problem: LQRProblem | StreamedProblem) -> Likelihood:
+    """That of a problem's loss.
+
+    Raises:
+        ValueError: The problem has no network, its loss is no likelihood, or its metric is not the
+            Gauss-Newton or the Fisher one.
+    """
+    loss, metric = _loss_and_metric(problem)
+    if not isinstance(loss, CrossEntropy | MeanSquaredError | BCEWithLogits):
+        raise ValueError(
+            f"the loss is a {type(loss).__name__}, of which no likelihood is known: use 'mse', "
+            "'cross_entropy' or 'bce_with_logits'."
+        )
+    if not isinstance(metric, GaussNewton | Fisher):
+        raise ValueError(
+            f"the metric is {type(metric).__name__}: the Laplace posterior of the linearised "
+            "network takes 'gauss_newton' or 'fisher'."
+        )
+    if getattr(loss, "weight", None) is not None or getattr(loss, "pos_weight", None) is not None:
+        raise ValueError("the loss has weights, and is no likelihood: leave them out.")
+    if isinstance(problem, StreamedProblem):
+        first, _ = next(iter(problem._problems(check=False)))
+        mass, value = problem._mass, problem.loss_value
+    else:
+        first = problem
+        mass = _count(problem, loss)
+        value = float(problem.origin.loss_value)  # type: ignore[union-attr]
+    assert first.origin is not None
+    return Likelihood(
+        mass,
+        value,
+        math.prod(first.origin.outputs.shape[1:]),
+        gaussian=isinstance(loss, MeanSquaredError),
+        bernoulli=isinstance(loss, BCEWithLogits),
+    )
+
+
+def prior_cost(
+    problem: LQRProblem | StreamedProblem, prior_precision: Any, scale: float
+) -> ControlCost:
+    """R = (prior precision) / s.
+
+    Args:
+        problem: Whose damping is meant by None.
+        prior_precision: A number, or None.
+        scale: s.
+
+    Raises:
+        ValueError: It is not positive.
+    """
+    cost = problem.control_cost
+    if prior_precision is None:
+        if cost.block_values is None:
+            raise ValueError(
+                "the problem's damping is an operator: a prior is a number per parameter, so give "
+                "the problem another damping, or prior_precision."
+            )
+        if min(cost.block_values) <= 0:
+            raise ValueError("the problem has no damping: give prior_precision > 0.")
+        return cost
+    positive("prior_precision", prior_precision)
+    return ControlCost.scalar(float(prior_precision) / scale, cost.sizes)
+
+
+def positive(name: str, value: Any) -> None:
+    """Raises a ValueError unless a value is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}: give a positive number.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}: give a positive, finite number.")
+
+
+def _loss_and_metric(problem: LQRProblem | StreamedProblem) -> tuple[Loss, Metric]:
+    if isinstance(problem, StreamedProblem):
+        return problem._loss, problem._metric
+    if not isinstance(problem, LQRProblem) or problem.origin is None:
+        raise ValueError("problem must be made from a network: LQRProblem.from_network(...).")
+    return problem.origin.loss, problem.origin.metric
+
+
+def _count(problem: LQRProblem, loss: Loss) -> float:
+    """What the mean divides by; read off the curvature's weights, as targets are not kept."""
+    assert problem.origin is not None
+    outputs = problem.origin.outputs
+    if not isinstance(loss, CrossEntropy):
+        return float(loss.count(outputs, outputs))
+    curvature = terminal_factor(problem)
+    if not isinstance(curvature, SoftmaxCurvature):
+        raise ValueError(
+            "the number of positions that count cannot be told from a sampled Fisher metric: use "
+            "metric='gauss_newton' or 'fisher'."
+        )
+    # Every position that counts has the weight 1 / count.
+    return float(round(1 / float(curvature.weights.max())))
