@@ -20,6 +20,7 @@ from ..preconditioners.layerwise import Layerwise, grouped_blocks, layer_blocks
 from ..problem import LQRProblem
 from ..solvers.dots import row_dots
 from ..streamed import StreamedProblem
+from .blockwise import shares_by_grams
 from .compare import compare
 from .draws import Kind
 from .probed import Probed
@@ -165,8 +166,9 @@ def cross_layer(
         method: "gram" (exact), "hutchinson" (any curvature), or "auto".
         vectors: Random vectors for each group; "hutchinson" only.
         probes: Their distribution.
-        decrease: Whether to solve for what the off-diagonal blocks are worth: one exact step and
-            one CG per layer, with the problem's own damping.
+        decrease: Whether to solve for what the off-diagonal blocks are worth, with the problem's
+            own damping: from the Gram matrices where they are there and R is a number, else by
+            one exact step and one CG per layer.
         rtol: Of those solves; as in `compare`.
         seed: Of the random vectors.
         columns: Random vectors multiplied at a time.
@@ -218,6 +220,14 @@ def cross_layer(
     norms = squares.clamp(min=0).sqrt()
     fraction = best = None
     if decrease:
+        assert isinstance(problem, LQRProblem)
+        damping = problem.control_cost.uniform
+        shares = None
+        if grams is not None and damping is not None:
+            shares = shares_by_grams(problem, grams, damping)
+        if shares is not None:
+            fraction, best = shares
+    if decrease and fraction is None:
         assert isinstance(problem, LQRProblem)
         layerwise = Layerwise(problem, groups=groups, rtol=1e-6 if rtol is None else rtol)
         report = compare(problem, {"layerwise": layerwise}, rtol=rtol, progress=progress)

@@ -119,7 +119,7 @@ def test_the_map_is_symmetric_and_does_not_depend_on_the_columns(tmp_path: Path)
         cross_layer(problem, vectors=6, columns=1, seed=1, decrease=False, checkpoint=path)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet_train"])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet_train"])
 def test_what_the_off_diagonal_blocks_are_worth(name: str) -> None:
     problem = zoo_problem(name)
     found = cross_layer(problem, vectors=2, rtol=1e-10)
@@ -134,6 +134,31 @@ def test_what_the_off_diagonal_blocks_are_worth(name: str) -> None:
     assert found.fraction == pytest.approx(float(objective / best), rel=1e-6)
     assert found.best_fraction == pytest.approx(float(multiple / best), rel=1e-6)
     assert found.lost == pytest.approx(1 - found.fraction)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "cross_entropy"])
+@pytest.mark.parametrize("damping", [1e-4, 10.0])
+def test_shares_by_gram_matrices_are_those_by_solves(loss: str, damping: float) -> None:
+    model, inputs, targets, _ = ZOO["mlp"]()
+    if loss != "cross_entropy":
+        targets = torch.rand(len(inputs), 3, generator=torch.Generator().manual_seed(2)).double()
+    problem = lq.LQRProblem.from_network(
+        lq.split(model), inputs, targets, loss=loss, damping=damping
+    )
+    by_grams = cross_layer(problem)
+    by_solves = cross_layer(problem, method="hutchinson", vectors=2, rtol=1e-11)
+    assert by_grams.products == 0 and by_solves.products > 0
+    # The solves are relative to 1e-11 with condition numbers up to 1e4.
+    assert by_grams.fraction == pytest.approx(by_solves.fraction, rel=1e-5)
+    assert by_grams.best_fraction == pytest.approx(by_solves.best_fraction, rel=1e-5)
+
+
+def test_a_slope_outside_of_the_metric_falls_back_to_solves() -> None:
+    problem = zoo_problem("mlp", "fisher_mc")
+    found = cross_layer(problem)
+    assert found.method == "gram" and found.products > 0
+    by_solves = cross_layer(problem, method="hutchinson", vectors=2)
+    assert found.fraction == pytest.approx(by_solves.fraction, rel=1e-4)
 
 
 def test_one_linear_layer_has_nothing_across() -> None:
