@@ -31,6 +31,46 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "demo.json").read_text())["training"][0]["name"] == "exact GN"
 
 
+def test_probe_spectrum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--output", str(tmp_path), "--width", "8", "--steps", "5", "--samples", "64"]
+    short += ["--top", "2", "--vectors", "2", "--lanczos", "8", "--products", "12"]
+    main = load(ROOT / "examples" / "probe_spectrum.py").main
+    report = main(short)
+    assert "xtrace" in capsys.readouterr().out
+    assert (tmp_path / "probe_spectrum.png").stat().st_size > 10_000
+    kept = json.loads((tmp_path / "probe_spectrum.json").read_text())
+    assert kept["newton"]["largest"]["values"] == report["newton"]["largest"]["values"]
+    resumed = [*short, "--stream", "--samples", "900", "--resume", str(tmp_path / "state")]
+    first, again = main(resumed), main(resumed)
+    assert first["newton"]["density"] == again["newton"]["density"]
+
+
+def test_probe_cross_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--output", str(tmp_path), "--width", "8", "--depth", "2", "--steps", "5"]
+    report = load(ROOT / "examples" / "probe_cross_layer.py").main([*short, "--samples", "16"])
+    assert "off-diagonal share" in capsys.readouterr().out
+    assert report["after"]["cross_layer"]["method"] == "gram"
+    assert (tmp_path / "probe_cross_layer.png").stat().st_size > 10_000
+
+
+def test_how_good_is_kfac(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--output", str(tmp_path), "--width", "8", "--steps", "5", "--samples", "32"]
+    short += ["--batches", "2", "--vectors", "2", "--lanczos", "20"]
+    report = load(ROOT / "examples" / "how_good_is_kfac.py").main(short)
+    assert "CG iterations" in capsys.readouterr().out
+    shares = {row["name"]: row["best_fraction"] for row in report["compare"]["rows"]}
+    assert 0 < shares["scaled identity"] < shares["layerwise, this batch"] <= 1
+    assert (tmp_path / "how_good_is_kfac.png").stat().st_size > 10_000
+
+
+def test_edge_of_stability(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--output", str(tmp_path), "--width", "8", "--steps", "4", "--every", "2"]
+    report = load(ROOT / "examples" / "edge_of_stability.py").main([*short, "--samples", "64"])
+    assert "sharpness at 0" in capsys.readouterr().out
+    assert [point["step"] for point in report["runs"][0]["history"]] == [0, 2, 4]
+    assert (tmp_path / "edge_of_stability.png").stat().st_size > 10_000
+
+
 def test_demo_of_preconditioners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--output", str(tmp_path), "--steps", "3"]
     report = load(ROOT / "examples" / "demo_preconditioners.py").main(short)
