@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch import nn
+
+import llqr_mf as lq
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,3 +93,29 @@ def test_code_in_pages_runs(page: str) -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), {})
+
+
+def test_code_in_the_page_on_probing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 6, generator=generator).double()
+    y = torch.randn(48, 2, generator=generator).double()
+    model = nn.Sequential(
+        OrderedDict(encoder=nn.Sequential(nn.Linear(6, 8), nn.Tanh()), head=nn.Linear(8, 2))
+    ).double()
+    labels = (x.sum(1) > 0).long()
+    known = {
+        "torch": torch,
+        "lq": lq,
+        "my_product": lambda v: 2 * v,
+        "size": 10,
+        "model": model,
+        "dataset": torch.utils.data.TensorDataset(x, labels),
+        "problem": lq.LQRProblem.from_network(lq.split(model), x, y, loss="mse"),
+        "x_test": x[:3],
+    }
+    page = (ROOT / "docs" / "probing.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "docs/probing.md", "exec"), known)
+    assert known["f"].mean.shape == (3, 2)
+    assert (tmp_path / "density.pt").exists()

@@ -41,11 +41,13 @@ class CrossLayer:
         norms: |H_st|_F, float64, (T, T).
         standard_error: Of the norms; zero where they are exact.
         fraction: J(u) / J(u*) of the step u = -blockdiag(H_tt + R_t)^{-1} g that knows nothing
-            across layers; negative where it raises the model. None if it was not asked for.
+            across layers; negative where it raises the model. None if it was not asked for, or
+            `note` says why.
         best_fraction: The same for the best multiple of u.
         products: Vectors multiplied by a block or by H, each counted once.
         method: "gram" or "hutchinson".
         seed: Of the random vectors.
+        note: Why there is no fraction, where H or a block of it is not positive definite.
     """
 
     names: tuple[str, ...]
@@ -57,6 +59,7 @@ class CrossLayer:
     products: int
     method: str
     seed: int
+    note: str = ""
 
     @property
     def coupling(self) -> Tensor:
@@ -99,6 +102,7 @@ class CrossLayer:
             "products": self.products,
             "method": self.method,
             "seed": self.seed,
+            "note": self.note,
         }
 
     def __str__(self) -> str:
@@ -112,6 +116,8 @@ class CrossLayer:
                 f"exact decrease reached without off-diagonal blocks: {self.fraction:.3f}, with "
                 f"the best multiple of that step {self.best_fraction:.3f}"
             )
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
     def plot(self, ax: Any = None, *, annotate: bool | None = None) -> Any:
@@ -218,7 +224,7 @@ def cross_layer(
         squares, error = _estimate(problem, blocks, probed, vectors)
         products = probed.products
     norms = squares.clamp(min=0).sqrt()
-    fraction = best = None
+    fraction, best, note = None, None, ""
     if decrease:
         assert isinstance(problem, LQRProblem)
         damping = problem.control_cost.uniform
@@ -230,9 +236,13 @@ def cross_layer(
     if decrease and fraction is None:
         assert isinstance(problem, LQRProblem)
         layerwise = Layerwise(problem, groups=groups, rtol=1e-6 if rtol is None else rtol)
-        report = compare(problem, {"layerwise": layerwise}, rtol=rtol, progress=progress)
-        row = report["layerwise"]
-        fraction, best, products = row.fraction, row.best_fraction, products + report.products
+        try:
+            report = compare(problem, {"layerwise": layerwise}, rtol=rtol, progress=progress)
+        except ValueError as refusal:
+            note = f"no share of the decrease: {refusal}"
+        else:
+            row = report["layerwise"]
+            fraction, best, products = row.fraction, row.best_fraction, products + report.products
     return CrossLayer(
         names=_names(problem, blocks, groups),
         sizes=tuple(sum(problem.layout.sizes[i] for i in mine) for mine in blocks),
@@ -244,6 +254,7 @@ def cross_layer(
         products=products,
         method="gram" if grams is not None else "hutchinson",
         seed=seed,
+        note=note,
     )
 
 

@@ -185,6 +185,16 @@ def test_a_stream_has_the_map_of_the_whole_batch() -> None:
         cross_layer(streamed)
 
 
+def test_an_indefinite_problem_has_a_map_and_says_why_it_has_no_step() -> None:
+    model, inputs, targets, loss = ZOO["mlp"]()
+    problem = lq.LQRProblem.from_network(
+        lq.split(model), inputs, targets, loss=loss, metric="newton", damping=0.0
+    )
+    found = cross_layer(problem, vectors=2)
+    assert found.fraction is None and found.lost is None
+    assert "negative" in found.note and found.note in str(found)
+
+
 def test_report_and_picture() -> None:
     plt = pytest.importorskip("matplotlib.pyplot")
     found: CrossLayer = cross_layer(zoo_problem("mlp"))
