@@ -37,14 +37,7 @@ class FunctionOperator(MatrixFreeOperator):
         return self.size_, self.size_
 
     def _rows(self, v: Tensor) -> Tensor:
-        out = self.product(v)
-        if out.shape != v.shape:
-            raise ValueError(
-                f"the function turned rows of shape {tuple(v.shape)} into {tuple(out.shape)}: it "
-                "must map (k, n) to (k, n), one vector per row, or (n,) to (n,) if it is given "
-                "with rows=False."
-            )
-        return out
+        return self.product(v)
 
 
 def from_function(
@@ -58,7 +51,8 @@ def from_function(
 ) -> FunctionOperator:
     """A symmetric operator from a function of the user's, say a Hessian-vector product.
 
-    Symmetry is taken on trust.
+    Symmetry is taken on trust. The function runs with gradients enabled, so that it may build and
+    differentiate a graph, and what it gives is copied, so that it may use its memory again.
 
     Args:
         function: Multiplies one vector, (n,) to (n,), or rows, (k, n) to (k, n).
@@ -69,13 +63,29 @@ def from_function(
         columns: Most rows per call; None takes all at once.
 
     Raises:
-        ValueError: From a product, where the function gives another shape.
+        ValueError: From a product, where the function gives another shape or dtype.
     """
     proto = torch.empty(0, dtype=dtype, device=device)
-    if rows:
-        return FunctionOperator(proto, size=size, product=function, columns=columns)
 
-    def one_by_one(v: Tensor) -> Tensor:
-        return torch.stack([function(row) for row in v])
+    def called(v: Tensor, out: Tensor) -> None:
+        with torch.enable_grad():
+            given = function(v).detach()
+        if given.shape != v.shape or given.dtype != v.dtype:
+            raise ValueError(
+                f"the function turned {v.dtype} of shape {tuple(v.shape)} into {given.dtype} of "
+                f"shape {tuple(given.shape)}: it must map (n,) to (n,), or with rows=True (k, n) "
+                "to (k, n), one vector per row, in the same dtype."
+            )
+        out.copy_(given)
 
-    return FunctionOperator(proto, size=size, product=one_by_one, columns=columns)
+    def product(v: Tensor) -> Tensor:
+        v = v.detach()
+        made = torch.empty_like(v, memory_format=torch.contiguous_format)
+        if rows:
+            called(v, made)
+        else:
+            for one, out in zip(v, made, strict=True):
+                called(one, out)
+        return made
+
+    return FunctionOperator(proto, size=size, product=product, columns=columns)

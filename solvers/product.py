@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -119,11 +120,27 @@ class CountedProduct:
 
     def __init__(self, operator: RowProduct) -> None:
         self.operator, self.vectors = operator, 0
+        self._sum: Tensor | float = 0.0
 
     def __call__(self, v: Tensor) -> Tensor:
         """Product with rows; shape (k, n) to (k, n)."""
         self.vectors += len(v)
-        return multiply(self.operator, v, None)
+        product = multiply(self.operator, v, None)
+        # It stays on the device until somebody asks.
+        self._sum = self._sum + product.sum(dtype=torch.float64)
+        return product
+
+    def check(self) -> None:
+        """Whether all products so far were finite; reads the device once.
+
+        Raises:
+            ValueError: One was not.
+        """
+        if not math.isfinite(self._sum):
+            raise ValueError(
+                "a product with the operator gave NaN or infinity: look at the model's outputs and "
+                "weights, or run it in a wider dtype."
+            )
 
 
 def multiply(operator: RowProduct, v: Tensor, buffer: Tensor | None) -> Tensor:

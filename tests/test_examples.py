@@ -112,10 +112,12 @@ def test_code_in_the_page_on_probing_runs(tmp_path: Path, monkeypatch: pytest.Mo
         "model": model,
         "dataset": torch.utils.data.TensorDataset(x, labels),
         "problem": lq.LQRProblem.from_network(lq.split(model), x, y, loss="mse"),
+        "x": x,
+        "y": y,
         "x_test": x[:3],
     }
     page = (ROOT / "docs" / "probing.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(compile(block, "docs/probing.md", "exec"), known)
     assert known["f"].mean.shape == (3, 2)
-    assert (tmp_path / "density.pt").exists()
+    assert (tmp_path / "runs" / "density" / "header.pt").exists()

@@ -92,7 +92,7 @@ def condition_number(
         max_products: Most vectors multiplied. None takes 1000, or more for a large basis.
         seed: Of the random start.
         progress: Whether to show a progress bar.
-        checkpoint: A file to go on from and to keep what is done in, at every restart.
+        checkpoint: A folder to go on from and to keep what is done in, at every restart.
 
     Returns:
         The number and its bounds. A RuntimeWarning says so where Lanczos has not converged.

@@ -23,6 +23,7 @@ from ..streamed import StreamedProblem
 from .blockwise import shares_by_grams
 from .compare import compare
 from .draws import Kind
+from .estimate import plain
 from .probed import Probed
 
 GRAM_ELEMENTS = 2**28
@@ -84,18 +85,12 @@ class CrossLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, NaN as None."""
-        tables = {
-            name: [[plain_number(x) for x in row] for row in table.tolist()]
-            for name, table in (
-                ("norms", self.norms),
-                ("standard_error", self.standard_error),
-                ("coupling", self.coupling),
-            )
-        }
         return {
             "names": list(self.names),
             "sizes": list(self.sizes),
-            **tables,
+            "norms": plain(self.norms),
+            "standard_error": plain(self.standard_error),
+            "coupling": plain(self.coupling),
             "fraction": self.fraction,
             "best_fraction": self.best_fraction,
             "off_diagonal_share": plain_number(self.off_diagonal_share),
@@ -179,7 +174,7 @@ def cross_layer(
         seed: Of the random vectors.
         columns: Random vectors multiplied at a time.
         progress: Whether to show progress bars.
-        checkpoint: A file to go on from; "hutchinson" only.
+        checkpoint: A folder to go on from; "hutchinson" only.
 
     Raises:
         TypeError: The problem has no layers at hand.
@@ -248,7 +243,9 @@ def cross_layer(
         sizes=tuple(sum(problem.layout.sizes[i] for i in mine) for mine in blocks),
         norms=norms,
         # The delta method: d sqrt(x) = dx / (2 sqrt(x)).
-        standard_error=torch.zeros_like(norms) if error is None else error / (2 * norms),
+        standard_error=torch.zeros_like(norms)
+        if error is None
+        else error / (2 * norms).clamp(min=1e-300),
         fraction=fraction,
         best_fraction=best,
         products=products,

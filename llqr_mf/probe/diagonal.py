@@ -46,7 +46,7 @@ def diagonal(
         seed: Of the vectors.
         columns: Vectors multiplied at once. None: as many as hold 2^24 numbers.
         progress: Whether to show a progress bar.
-        checkpoint: A file to keep finished products in and to go on from, or None.
+        checkpoint: A folder to keep finished products in and to go on from, or None.
 
     Returns:
         value and standard_error have shape (n,), float64.

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from ..operators.apply import as_operator
 from ..solvers.lanczos import lanczos
 from ..solvers.lobpcg import lobpcg
 from ..solvers.product import RowProduct
@@ -89,7 +90,7 @@ def eigenvalues(
     method: Method = "lanczos",
     block: int = 1,
     basis: int | None = None,
-    preconditioner: RowProduct | None = None,
+    preconditioner: RowProduct | Tensor | None = None,
     initial: Tensor | None = None,
     rtol: float | None = None,
     max_products: int | None = None,
@@ -128,7 +129,7 @@ def eigenvalues(
         max_products: Most vectors multiplied. None takes 1000, or more for a large basis.
         seed: Of the random start: the same seed gives the same bits.
         progress: Whether to show a progress bar.
-        checkpoint: A file to keep what is done in, at every restart (LOBPCG: every 10 iterations),
+        checkpoint: A folder to keep what is done in, at every restart (LOBPCG: every 10 iterations),
             and to go on from; `max_products` may differ then.
 
     Returns:
@@ -144,6 +145,8 @@ def eigenvalues(
         raise ValueError("Lanczos takes no preconditioner: give method='lobpcg', or leave it out.")
     if method == "lobpcg" and block != 1:
         raise ValueError("LOBPCG multiplies all its vectors at once: set basis=, not block=.")
+    if isinstance(preconditioner, Tensor):
+        preconditioner = as_operator(preconditioner)
     header = {
         "estimator": "eigenvalues",
         "k": k,
@@ -210,8 +213,7 @@ def journaled(journal: Journal) -> tuple[State | None, Callable[[State], None] |
     state = journal.get("state")
 
     def keep(state: State) -> None:
-        # A view would be saved with all of the basis, and change with it.
-        journal.put("state", tuple(part.clone() for part in state))
+        journal.put("state", state)
 
     return state, keep
 

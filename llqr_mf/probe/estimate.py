@@ -9,6 +9,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from ..fitting.report import plain_number
+
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
@@ -42,17 +44,19 @@ class Estimate:
 
         Args:
             level: The share of seeds whose interval is to hold the true value.
+
+        Raises:
+            ValueError: `level` is not between 0 and 1.
         """
         half = wide_of(level, self.samples) * self.standard_error + self.bias_bound
         return self.value - half, self.value + half
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        bias = self.bias_bound
+        """Plain numbers and strings, for JSON; None for what is not finite."""
         return {
-            "value": self.value.tolist(),
-            "standard_error": self.standard_error.tolist(),
-            "bias_bound": bias.tolist() if isinstance(bias, Tensor) else bias,
+            "value": plain(self.value),
+            "standard_error": plain(self.standard_error),
+            "bias_bound": plain(torch.as_tensor(self.bias_bound)),
             "samples": self.samples,
             "products": self.products,
             "seed": self.seed,
@@ -70,6 +74,8 @@ class Estimate:
 
 def wide_of(level: float, samples: int) -> float:
     """Half the width of an interval of that level in standard errors, by Student's t."""
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: give a number between 0 and 1, say 0.95.")
     return float(stdtrit(max(1, samples - 1), (1 + level) / 2))
 
 
@@ -84,3 +90,10 @@ def mean_estimate(
     else:
         error = torch.full_like(samples[0], torch.nan)
     return Estimate(samples.mean(0), error, count, products, seed, method, bias_bound)
+
+
+def plain(numbers: Tensor) -> Any:
+    """A tensor as nested lists of numbers, or a number; None for what is not finite."""
+    if numbers.ndim:
+        return [plain(part) for part in numbers]
+    return plain_number(float(numbers))

@@ -41,7 +41,7 @@ def frobenius_norm(
         seed: Of the vectors.
         columns: Vectors multiplied at once. None: as many as hold 2^24 numbers.
         progress: Whether to show a progress bar.
-        checkpoint: A file to keep finished products in and to go on from, or None.
+        checkpoint: A folder to keep finished products in and to go on from, or None.
 
     Returns:
         value and standard_error are scalars, float64.

@@ -13,10 +13,14 @@ from tqdm import tqdm
 
 from ..operators.apply import as_operator
 from ..problem import LQRProblem
+from ..solvers.dots import row_dots
 from ..solvers.product import CountedProduct
 from ..streamed import StreamedProblem
 from .draws import Kind, check_kind, draw
-from .journal import Journal
+from .journal import ROUNDINGS, Journal
+
+VIEWS = 8
+"""Random vectors that a fingerprint of an operator sees its product from."""
 
 Probeable: TypeAlias = LinearOperator | Tensor | LQRProblem | StreamedProblem
 """A symmetric operator or matrix (n, n), or a problem, whose Hessian (with R) is meant."""
@@ -31,7 +35,7 @@ class Probed:
         probes: Their distribution.
         columns: Vectors in memory at a time.
         progress: Whether to show a progress bar over the vectors.
-        checkpoint: A file to go on from and to keep what is done in, or None.
+        checkpoint: A folder to go on from and to keep what is done in, or None.
         header: What tells this computation from others in that file.
 
     Raises:
@@ -51,6 +55,8 @@ class Probed:
         header: dict[str, Any] | None = None,
     ) -> None:
         check_kind(probes)
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: give a number that is not negative.")
         if columns is not None and columns < 1:
             raise ValueError(f"columns is {columns}: give at least 1, or None.")
         self.operator = symmetric_operator(A)
@@ -58,7 +64,7 @@ class Probed:
         self.seed, self.kind, self.columns, self.progress = seed, probes, columns, progress
         self.times = CountedProduct(self.operator)
         self.proto = torch.empty(0, dtype=self.operator.dtype, device=self.operator.device)
-        self.journal = self._journal(checkpoint, header or {})
+        self.journal = self._journal(A, checkpoint, header or {})
 
     @property
     def products(self) -> int:
@@ -87,6 +93,9 @@ class Probed:
             function: Rows (c, n) to tensors whose first axis is c.
             start: The number of the first vector.
             name: On the progress bar and in the journal.
+
+        Raises:
+            ValueError: A product was not finite.
         """
         step = count if self.columns is None else self.columns
         chunks = [range(i, min(i + step, start + count)) for i in range(start, start + count, step)]
@@ -98,6 +107,7 @@ class Probed:
                 if found is None:
                     before = self.times.vectors
                     found = function(self.draw(chunk))
+                    self.times.check()
                     spent = torch.tensor(self.times.vectors - before)
                     self.journal.put(key, (*found, spent))
                 else:
@@ -108,9 +118,16 @@ class Probed:
                 bar.update(len(chunk))
         return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
 
-    def _journal(self, path: str | os.PathLike[str] | None, header: dict[str, Any]) -> Journal:
+    @torch.no_grad()
+    def _journal(
+        self, A: Probeable, path: str | os.PathLike[str] | None, header: dict[str, Any]
+    ) -> Journal:
         if path is None:
             return Journal(None, {}, self.proto)
+        damping = None
+        if isinstance(A, LQRProblem | StreamedProblem):
+            values = A.control_cost.block_values
+            damping = "operator" if values is None else sorted(set(values))
         header = {
             **header,
             "size": self.size,
@@ -118,12 +135,14 @@ class Probed:
             "seed": self.seed,
             "probes": self.kind,
             "columns": self.columns,
+            "damping": damping,
         }
-        with torch.no_grad():
-            z = self.draw(range(1))
-            product = self.times(z)
+        product = self.times(self.draw(range(1)))
         self.times.vectors = 0
-        return Journal(path, header, torch.stack([(z * product).sum(), product.norm()]))
+        # Vectors of unit variance: a rounding of the product moves each by eps |A z|.
+        seen = [row_dots(self.draw(range(i, i + 1)), product) for i in range(VIEWS)]
+        tolerance = ROUNDINGS * torch.finfo(self.proto.dtype).eps * float(product.norm())
+        return Journal(path, header, torch.cat(seen), tolerance)
 
 
 def symmetric_operator(A: Probeable) -> LinearOperator:
@@ -140,8 +159,10 @@ def symmetric_operator(A: Probeable) -> LinearOperator:
             f"A is a {type(A).__name__}: give a problem, a symmetric operator or matrix, or wrap a "
             "function with lq.operators.from_function(function, size)."
         )
-    if len(A.shape) != 2 or A.shape[0] != A.shape[1]:
+    if len(A.shape) != 2 or A.shape[0] != A.shape[1] or not A.shape[0]:
         raise ValueError(f"A has shape {tuple(A.shape)}: only square operators are probed.")
+    if not A.dtype.is_floating_point:
+        raise ValueError(f"A is {A.dtype}: convert it to a floating-point dtype.")
     if isinstance(A, Tensor) and not torch.allclose(A, A.mT):
         raise ValueError("A is not symmetric: give (A + A.mT) / 2.")
     return as_operator(A)
