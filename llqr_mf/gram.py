@@ -5,8 +5,7 @@ Rows and columns have the index j N + n, for column j of sample n's factor of Q_
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import overload
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +18,8 @@ from .rules.base import Scales
 from .rules.gram import Deltas, Term, mirror
 
 
-@overload
-def closed_form_gram(problem: LQRProblem) -> Tensor | None: ...
-
-
-@overload
-def closed_form_gram(problem: LQRProblem, extra: Tensor) -> tuple[Tensor, Tensor] | None: ...
-
-
 @torch.no_grad()
-def closed_form_gram(
-    problem: LQRProblem, extra: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor] | None:
+def closed_form_gram(problem: LQRProblem) -> Tensor | None:
     """G = L'J R^{-1} J'L of a network, or None where it has no closed form.
 
     Column j of every sample's factor is pulled back for all samples at once, which is right when
@@ -39,43 +28,17 @@ def closed_form_gram(
 
     Args:
         problem: From a network, with a terminal cost that has a factor, and numbers as damping.
-        extra: A costate q of the output, (N, *output), that is pulled back with the columns.
 
     Returns:
-        Tensor (r N, r N), and with `extra` also h = L'J R^{-1} J'q, (r N,). None if samples
-        interact (train-mode BatchNorm), a parameter is read twice, damping is an operator, or a
-        call's gradients are too large.
-
-    Raises:
-        ValueError: `extra` does not have the output's shape.
+        Tensor (r N, r N). None if samples interact (train-mode BatchNorm), a parameter is read
+        twice, damping is an operator, or a call's gradients are too large.
     """
-    if extra is not None and problem.origin is not None:
-        shape = problem.origin.outputs.shape
-        if extra.shape != shape:
-            raise ValueError(
-                f"extra has shape {tuple(extra.shape)} and the output {tuple(shape)}: give a "
-                "costate of the whole output."
-            )
     found = _closed_form(problem)
     if found is None:
         return None
     factor, damping = found
-    deltas = torch.cat(list(_columns(problem, factor)))
-    rank, samples = deltas.shape[:2]
-    total = deltas.new_zeros(rank, samples, rank, samples)
-    h = deltas.new_zeros(rank, samples)
-    if extra is not None:
-        deltas = torch.cat([deltas, extra.to(deltas).unsqueeze(0)])
-    for bound, (cotangents,) in pull_back(problem, deltas):
-        assert cotangents is not None
-        scales = _scales(bound, damping)
-        if not bound.node.add_gram(total, cotangents[:rank], scales):
-            return None
-        if extra is not None:
-            h += bound.node.observe(cotangents[:rank], cotangents[rank], scales)
-    mirror(total)
-    gram = total.reshape(rank * samples, rank * samples)
-    return gram if extra is None else (gram, h.flatten())
+    made = _grams(problem, factor, [dict(enumerate(1 / value for value in damping))])
+    return None if made is None else made[0]
 
 
 @torch.no_grad()
@@ -94,13 +57,20 @@ def grams_of_groups(problem: LQRProblem, groups: Sequence[Collection[int]]) -> l
     factor = terminal_factor(problem)
     if problem.origin is None or factor is None or not samples_are_apart(problem):
         return None
+    return _grams(problem, factor, [dict.fromkeys(group, 1.0) for group in groups])
+
+
+def _grams(
+    problem: LQRProblem, factor: OutputCurvature, groups: Sequence[Mapping[int, float]]
+) -> list[Tensor] | None:
+    """Gram matrices of groups of parameters, each with a factor, or None."""
     deltas = torch.cat(list(_columns(problem, factor)))
     rank, samples = deltas.shape[:2]
     totals = [deltas.new_zeros(rank, samples, rank, samples) for _ in groups]
     for bound, (cotangents,) in pull_back(problem, deltas):
         assert cotangents is not None
         for total, group in zip(totals, groups, strict=True):
-            scales = [1.0 if i in group else None for i in bound.inputs]
+            scales = [group.get(i) for i in bound.inputs]
             if any(scales) and not bound.node.add_gram(total, cotangents, scales):
                 return None
     for total in totals:

@@ -292,24 +292,6 @@ class Node(ABC):
             term.add(total, term, half=True)
         return terms is not None
 
-    def observe(self, deltas: Tensor, costate: Tensor, scales: Scales) -> Tensor:
-        """Inner products of per-sample gradients with the whole gradient that a costate gives.
-
-        Args:
-            deltas: Shape (r, N, *out), as in `add_gram`.
-            costate: Shape (N, *out).
-            scales: A factor for each input that is a parameter, None for others.
-
-        Returns:
-            Tensor (r, N).
-        """
-        nothing: list[Tensor | None] = [None] * len(scales)
-        (moved,) = self.respond_all(nothing, [costate.unsqueeze(0)], scales)
-        if moved is None:
-            return deltas.new_zeros(deltas.shape[:2])
-        y = moved[0].reshape(deltas.shape[1], -1)
-        return torch.stack([(delta.reshape(y.shape) * y).sum(-1) for delta in deltas])
-
     def gram(self, deltas: Tensor, index: int) -> Tensor | None:
         """The whole Gram matrix of one input, (r N, r N) with index j N + n, for a look at it."""
         r, n = deltas.shape[:2]
