@@ -121,7 +121,7 @@ def cross_gram(problem: LQRProblem, chosen: Tensor) -> Tensor | None:
         for bound, (cotangents,) in pull_back(problem, columns):
             assert cotangents is not None
             deltas = Deltas(cotangents, samples)
-            terms = bound.node.gram_terms(deltas, _scales(bound, damping))
+            terms = bound.node.gram_terms(deltas, scales_of(bound, damping))
             if terms is None:
                 return None
             for term, other in zip(terms, kept[id(bound)], strict=True):
@@ -142,7 +142,7 @@ def gram_diagonal(problem: LQRProblem) -> Tensor | None:
         for bound, (cotangents,) in pull_back(problem, columns):
             assert cotangents is not None
             deltas = Deltas(cotangents, factor.samples)
-            terms = bound.node.gram_terms(deltas, _scales(bound, damping))
+            terms = bound.node.gram_terms(deltas, scales_of(bound, damping))
             if terms is None:
                 return None
             for term in terms:
@@ -169,7 +169,8 @@ def _columns(problem: LQRProblem, factor: OutputCurvature) -> Iterator[Tensor]:
         yield columns.reshape(len(columns), *problem.origin.outputs.shape)
 
 
-def _scales(bound: BoundNode, damping: tuple[float, ...]) -> Scales:
+def scales_of(bound: BoundNode, damping: tuple[float, ...]) -> Scales:
+    """What R^{-1} is for each input of a call that is a parameter; None for others."""
     return [1 / damping[i] if i < len(damping) else None for i in bound.inputs]
 
 
@@ -207,7 +208,7 @@ def _chosen_terms(
     made: dict[int, list[Term]] = {}
     for key, bound in nodes.items():
         deltas = Deltas(kept[key].unsqueeze(0), samples, owners)
-        terms = bound.node.gram_terms(deltas, _scales(bound, damping))
+        terms = bound.node.gram_terms(deltas, scales_of(bound, damping))
         if terms is None:
             return None
         made[key] = terms

@@ -174,8 +174,14 @@ def pull_back(
     Yields:
         A wanted call and the cotangents of its outputs, (c, *shape); None is zero. Calls that
         nothing arrives at are left out.
+
+    Raises:
+        RuntimeError: The weights or the batch were written to since.
     """
     assert problem.origin is not None
+    # As the sweeps over the stages do.
+    if not torch.compiler.is_compiling():
+        problem.system.check()
     linearization = problem.origin.linearization
     parameters = len(problem.names)
     if wanted is None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from math import isclose
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from linear_operator import LinearOperator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
@@ -17,11 +18,16 @@ from .damping import control_cost
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer
+from .network.checks import check_layers
+from .network.snapshot import Snapshot
 from .operators import ControlCostOperator
 from .operators.base import MatrixFreeOperator
 from .problem import LQRProblem
 
 Batch = tuple[Any, Tensor]
+
+PIECE = 2**16
+"""Numbers of a batch that are summed at a time."""
 
 
 class StreamedProblem:
@@ -31,7 +37,8 @@ class StreamedProblem:
     pass more per batch than one with everything held. The layered operators (A, B, value, gain)
     belong to one batch and are not here; solve with "cg" or "minres". In train mode each batch has
     its own BatchNorm statistics, as in training with such batches, and each product draws the
-    same dropout masks.
+    same dropout masks. The random state is the same at the start of every pass over the batches,
+    and the caller's is left alone.
 
     Args:
         layers: All layers of `split(model)`.
@@ -45,7 +52,8 @@ class StreamedProblem:
 
     Raises:
         ValueError: There are no batches, or a `DataLoader` shuffles.
-        RuntimeError: From a product, where the batches are not those of the first pass.
+        RuntimeError: From a product, where the batches are not those of the first pass, or the
+            weights not those of then.
     """
 
     def __init__(
@@ -65,10 +73,13 @@ class StreamedProblem:
                 "make it with shuffle=False."
             )
         self._layers, self._batches, self._columns = layers, batches, columns
-        self._sums: list[float] = []
+        self._marks: list[tuple[Mark, ...]] = []
         self._loss, self._metric = get_loss(loss), get_metric(metric)
         self._progress = progress
-        self._rng = torch.get_rng_state()
+        check_layers(layers)
+        model = layers[0].program.model
+        self._weights = Snapshot(read_by(model))
+        self._random = RandomState(next(model.parameters()).device)
         gradient: Tensor | None = None
         value = mass = curvature_mass = 0.0
         first: LQRProblem | None = None
@@ -162,13 +173,12 @@ class StreamedProblem:
         return total
 
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
-        batches = self._batches() if callable(self._batches) else self._batches
+        self._weights.check_entries()
         count = 0
-        for inputs, targets in tqdm(batches, disable=not self._progress, leave=False):
+        for inputs, targets in self._passed():
             self._recognise(count, inputs, targets, first=check)
             count += 1
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self._rng)
+            with self._random.resumed():
                 problem = LQRProblem.from_network(
                     self._layers,
                     *(inputs, targets),
@@ -179,24 +189,121 @@ class StreamedProblem:
                     check=check,
                 )
             yield problem, targets
-        if count != len(self._sums):
-            raise RuntimeError(f"{count} batches came, and {len(self._sums)} in the first pass.")
+        if count != len(self._marks):
+            raise RuntimeError(f"{count} batches came, and {len(self._marks)} in the first pass.")
+
+    def _passed(self) -> Iterator[Batch]:
+        """The batches, with random numbers that go on from one to the next."""
+        # A DataLoader draws a number for every pass, and a dataset may draw its augmentations.
+        random, end = self._random.copy(), object()
+        with random.resumed(keep=True):
+            batches = self._batches() if callable(self._batches) else self._batches
+            source = iter(tqdm(batches, disable=not self._progress, leave=False))
+        while True:
+            with random.resumed(keep=True):
+                batch: Any = next(source, end)
+            if batch is end:
+                return
+            yield batch
 
     def _recognise(self, place: int, inputs: Any, targets: Tensor, *, first: bool) -> None:
-        """Whether a batch is the one that came there in the first pass, by its sum."""
-        tensors = [
-            x
-            for x in (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets)
-            if isinstance(x, Tensor)
-        ]
-        total = sum(float(x.sum(dtype=torch.float64)) for x in tensors)
+        """Whether a batch is the one that came there in the first pass, by its marks."""
+        tensors = (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets)
+        marks = tuple(Mark.of(x) for x in tensors if isinstance(x, Tensor))
         if first:
-            self._sums.append(total)
-        elif place >= len(self._sums) or not isclose(total, self._sums[place]):
+            self._marks.append(marks)
+            return
+        known = self._marks[place] if place < len(self._marks) else ()
+        if len(marks) != len(known) or not all(map(Mark.agrees, marks, known)):
             raise RuntimeError(
                 f"batch {place} is not that of the first pass, so a product would be of other "
                 "data: fix the order (shuffle=False) and the seed of any augmentation."
             )
+
+
+class Mark(NamedTuple):
+    """What a tensor is recognised by.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        total: The sum of its entries, each times a weight of its place.
+        norm: The norm of its entries.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    total: float
+    norm: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, x: Tensor) -> Mark:
+        """The mark of a tensor; no copy of all of it is made."""
+        flat = torch.view_as_real(x) if x.is_complex() else x
+        flat = flat if flat.ndim else flat.reshape(1)
+        weights = torch.arange(
+            1, 1 + min(PIECE, flat.numel()), dtype=torch.float64, device=x.device
+        ).cos_()
+        total, square = weights.new_zeros(()), weights.new_zeros(())
+        rows = max(1, PIECE // max(1, math.prod(flat.shape[1:])))
+        pieces = (piece for part in flat.split(rows) for piece in part.reshape(-1).split(PIECE))
+        for i, piece in enumerate(pieces):
+            # A mask may be infinite.
+            wide = piece.to(torch.float64, copy=True).nan_to_num_(nan=1.5, posinf=2.5, neginf=-3.5)
+            total += math.cos(1 + i) * torch.dot(wide, weights[: len(wide)])
+            square += torch.dot(wide, wide)
+        return cls(x.shape, x.dtype, *torch.stack([total, square.sqrt()]).tolist())
+
+    def agrees(self, other: Mark) -> bool:
+        """Whether both are of one tensor, up to rounding of the sums."""
+        same = self.shape == other.shape and self.dtype == other.dtype
+        return same and abs(self.total - other.total) <= 1e-9 * min(self.norm, other.norm)
+
+
+def read_by(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a model, and the buffers that it reads and does not write to, by name."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        if not module.training:
+            yield from module.named_buffers(path, recurse=False)
+
+
+class RandomState:
+    """The random state of the CPU and of a model's GPU.
+
+    Args:
+        device: Of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpus = [device] if device.type == "cuda" else []
+        self._keep()
+
+    def copy(self) -> RandomState:
+        """One that goes its own way."""
+        other = RandomState.__new__(RandomState)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    @contextmanager
+    def resumed(self, *, keep: bool = False) -> Iterator[None]:
+        """Random numbers go on from this state inside, and from the caller's after it.
+
+        Args:
+            keep: Whether the state at the end is kept, to go on from there the next time.
+        """
+        with torch.random.fork_rng(devices=self._gpus):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._gpus, self._states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            if keep:
+                self._keep()
+
+    def _keep(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._states = [torch.cuda.get_rng_state(device) for device in self._gpus]
 
 
 class StreamedOperator(MatrixFreeOperator):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import MatrixFreeOperator
-from .control_cost import ControlCost
 from .system import System
 from .tangent import Tangent, from_rows, size_of, to_rows
+from .tangent_kernel import stage_inverses
 
 CONTROL_ELEMENTS = 2**26
 """Numbers of one layer's controls held at a time."""
@@ -90,12 +90,3 @@ class CrossKernelOperator(MatrixFreeOperator):
             return controls
         rows = inverse.product(to_rows(controls, stage.controls, back.proto, k))
         return from_rows(rows, stage.controls)
-
-
-def stage_inverses(system: System) -> list[ControlCost] | None:
-    """R_t^{-1} of every stage, or None where one operator spans several."""
-    inverse = system.control_cost.inverse()
-    try:
-        return [inverse.restrict(owned) for owned in system.owned]
-    except ValueError:
-        return None

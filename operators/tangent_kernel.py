@@ -31,7 +31,7 @@ class TangentKernelOperator(MatrixFreeOperator):
     def __init__(self, proto: Tensor, *, system: System, columns: int | None = None) -> None:
         super().__init__(proto, columns=columns, system=system)
         self.system = system
-        self._inverses = _stage_inverses(system)
+        self._inverses = stage_inverses(system)
 
     def _sizes(self) -> tuple[int, int]:
         n = self.system.output_size
@@ -81,7 +81,7 @@ class TangentKernelOperator(MatrixFreeOperator):
         return to_rows(x, shapes, system.proto, k), total
 
 
-def _stage_inverses(system: System) -> list[ControlCost] | None:
+def stage_inverses(system: System) -> list[ControlCost] | None:
     """R_t^{-1} of every stage, or None where one operator spans several."""
     inverse = system.control_cost.inverse()
     try:

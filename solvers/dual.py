@@ -19,6 +19,9 @@ from .status import Code, Status
 GRAM_PASS = 32
 """Columns per pass when the Gram matrix is formed by products."""
 
+PASS_ELEMENTS = 2**23
+"""Numbers in the controls of one such pass, of which a few are alive at a time."""
+
 
 @dataclass(frozen=True)
 class DualResult:
@@ -168,11 +171,12 @@ class Dual:
 
 
 def gram_by_products(system: System, factor: Factor) -> Tensor:
-    """G = L'J R^{-1} J'L column by column, `GRAM_PASS` at a time, for any network and any R."""
+    """G = L'J R^{-1} J'L, some columns at a time, for any network and any R."""
     dual = Dual(system, factor, None)
     size = dual.coordinates.size
     eye = torch.eye(size, dtype=torch.float64, device=system.proto.device)
-    rows = [dual._observe(dual._spread(part)) for part in eye.split(GRAM_PASS) if size]
+    step = max(1, min(GRAM_PASS, PASS_ELEMENTS // max(1, system.control_size)))
+    rows = [dual._observe(dual._spread(part)) for part in eye.split(step) if size]
     gram = torch.cat([eye[:0], *rows])
     return (gram + gram.mT) / 2
 

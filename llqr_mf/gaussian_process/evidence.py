@@ -27,6 +27,9 @@ PRIORS = 57
 NOISES = 33
 """Noise variances tried for each."""
 
+NOTHING = 1e-30
+"""Losses and curvatures up to here are rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -134,6 +137,7 @@ def log_evidence(
     """
     if method not in ("auto", "exact", "stochastic"):
         raise ValueError(f"method={method!r}: choose 'auto', 'exact' or 'stochastic'.")
+    laplace.check()
     posterior = laplace.posterior
     rest = float(laplace.likelihood.log_likelihood(laplace.noise))
     values = posterior.problem.control_cost.block_values or ()
@@ -181,22 +185,34 @@ def choose_prior(
         The choice; hand `prior_precision` and `noise` to `Laplace` or `Laplace.with_prior`.
 
     Raises:
-        ValueError: There is no Gram matrix, a grid is not positive, or a noise is given without
-            "mse".
+        ValueError: There is no Gram matrix, a grid is not positive, a noise is given without
+            "mse", or loss or curvature is zero and a grid is needed.
+        RuntimeError: The weights or the data changed since.
     """
     evidence = evidence_of(of, prior_mean=prior_mean)
     like = evidence.likelihood
     if not like.gaussian and (noise is not None or noises is not None):
         raise ValueError("a noise belongs to 'mse' alone: leave noise and noises out.")
     if noise is not None:
-        positive("noise", noise)
+        noise = positive("noise", noise)
         noises = [noise]
     device = evidence.eigenvalues.device
     tried: Tensor | None = None
     if like.gaussian:
-        middle = max(like.loss_value, 1e-300)
+        middle = like.loss_value
+        if noises is None and not middle > NOTHING:
+            raise ValueError(
+                f"the loss is {middle:.3g}: the network fits its targets exactly, and the noise of "
+                "the largest evidence is zero. Give noise=, or a grid of noises."
+            )
         tried = _grid("noises", noises, middle * 1e-2, middle * 1e2, NOISES, device)
+        middle = float(tried.log().mean().exp())
     top = float(evidence.eigenvalues.max()) * float(like.scale(None if tried is None else middle))
+    if prior_precisions is None and not top > NOTHING:
+        raise ValueError(
+            f"the curvature of the likelihood is {top:.3g} (a saturated softmax?): the data say "
+            "nothing of the weights, and no prior is best. Give prior_precisions=, or train less."
+        )
     grid = _grid("prior_precisions", prior_precisions, top * 1e-12, top * 1e2, PRIORS, device)
     curve, best = [], []
     for delta in grid:
@@ -237,6 +253,8 @@ def evidence_of(of: Laplace | LQRProblem, *, prior_mean: PriorMean = "zero") -> 
         # Any prior and noise will do: they are divided out again.
         noise = 1.0 if likelihood_of(of).gaussian else None
         of = Laplace(of, prior_precision=1.0, noise=noise, method="dual")
+    if isinstance(of, Laplace):
+        of.check()
     if not isinstance(of, Laplace) or not isinstance(of.posterior, DualPosterior):
         raise ValueError(
             "the eigenvalues need a Gram matrix: give an LQRProblem, or a Laplace by method='dual'."

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..gram import scales_of
 from ..network.linearize import BoundNode
 from ..operators.base import MatrixFreeOperator
 from ..operators.cross_kernel import CrossKernelOperator
 from ..output_sweep import calls, pull_back, samples_are_apart
 from ..problem import LQRProblem
-from ..rules.base import Scales
 from ..rules.gram import Deltas, mirror
+from .checks import check_current
 from .linearised import output_width, unit_columns
 
 PULLED_ELEMENTS = 2**26
@@ -82,9 +83,12 @@ def kernel(problem1: LQRProblem, problem2: LQRProblem | None = None) -> MatrixFr
 
     Raises:
         ValueError: The problems are of other networks, or R is not positive definite.
+        RuntimeError: The weights or a batch changed since.
     """
+    check_current(problem1)
     if problem2 is None or problem2 is problem1:
         return problem1.tangent_kernel
+    check_current(problem2)
     check_same_network(problem1, problem2)
     columns = min(problem1._columns, problem2._columns)
     proto = problem2.system.proto
@@ -144,6 +148,8 @@ def paired_gram(left: Side, right: Side) -> Tensor | None:
         Tensor (r, N, q, M), or None where samples are not apart, R is not numbers, or a call's
         gradients are too large.
     """
+    for problem in (left.problem, right.problem):
+        check_current(problem)
     damping = right.problem.system.control_cost.block_values
     if damping is None or min(damping) <= 0 or not has_closed_form(left, right):
         return None
@@ -171,6 +177,7 @@ def has_closed_form(left: Side, right: Side) -> bool:
 @torch.no_grad()
 def output_blocks(problem: LQRProblem) -> Tensor | None:
     """K's diagonal blocks, the kernel of every sample with itself; (N, D, D) or None."""
+    check_current(problem)
     side = Side.of_outputs(problem)
     damping = problem.system.control_cost.block_values
     if damping is None or min(damping) <= 0 or not has_closed_form(side, side):
@@ -194,6 +201,7 @@ def output_blocks(problem: LQRProblem) -> Tensor | None:
 @torch.no_grad()
 def output_squares(problem: LQRProblem) -> Tensor | None:
     """K's diagonal, (N D,), or None as `paired_gram`."""
+    check_current(problem)
     side = Side.of_outputs(problem)
     damping = problem.system.control_cost.block_values
     if damping is None or min(damping) <= 0 or not has_closed_form(side, side):
@@ -298,5 +306,4 @@ def _terms(
     samples: int,
     chosen: Tensor | None,
 ) -> list | None:  # type: ignore[type-arg]
-    scales: Scales = [1 / damping[i] if i < len(damping) else None for i in bound.inputs]
-    return bound.node.gram_terms(Deltas(cotangents, samples, chosen), scales)
+    return bound.node.gram_terms(Deltas(cotangents, samples, chosen), scales_of(bound, damping))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from torch import Tensor
 
+from ..network import Layer
+from ..network.snapshot import Snapshot
 from ..operators.output_curvature import OutputCurvature
 from ..operators.tangent import from_rows
 from ..output_sweep import required_factor, terminal_factor
 from ..probe.draws import draw
 from ..problem import LQRProblem
 from ..streamed import StreamedProblem
+from .checks import check_current, check_deterministic, tensors_of
 from .likelihood import likelihood_of, prior_cost
 from .linearised import linearised, output_width
 from .posterior import (
@@ -52,9 +57,17 @@ class Laplace:
     that is asked for. "auto" takes dual where the Gram matrix has a closed form and N r <= 16384,
     or N r <= 1024, and else cg.
 
+    The weights, buffers and data must stay what they were; whatever is asked for after they changed
+    raises. The network must be a function of each sample alone: in evaluation mode, where it has
+    dropout or BatchNorm.
+
+    At the evidence's prior a classifier with saturated outputs comes out underconfident. That is
+    the Gaussian's doing, not the linearisation's: choose the prior precision on held-out data
+    there.
+
     Args:
         problem: At trained weights, of the whole training set, with metric "gauss_newton" or
-            "fisher"; a `StreamedProblem` goes with "cg".
+            the exact "fisher"; a `StreamedProblem` goes with "cg".
         prior_precision: delta. None: s times the problem's damping.
         noise: The variance v of the observations, for "mse" (`choose_prior` finds both).
         method: "auto", "dual" or "cg".
@@ -67,8 +80,9 @@ class Laplace:
         scale: s.
 
     Raises:
-        ValueError: The problem is not such a one, an option does not fit, or "dual" has no Gram
-            matrix.
+        ValueError: The problem is not such a one, an option does not fit, "dual" has no Gram
+            matrix, or outputs are random or depend on the rest of their batch.
+        RuntimeError: The weights or the data changed since the problem was made.
     """
 
     def __init__(
@@ -84,10 +98,13 @@ class Laplace:
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: choose 'auto', 'dual' or 'cg'.")
         self.likelihood = likelihood_of(problem)
-        self.likelihood.check_noise(noise)
-        self.noise, self.scale = noise, float(self.likelihood.scale(noise))
+        self.noise = self.likelihood.checked_noise(noise)
+        self.scale = float(self.likelihood.scale(self.noise))
         cost = prior_cost(problem, prior_precision, self.scale)
         self._given = problem
+        check_deterministic(self._layers[0].program)
+        self._snapshot = Snapshot(tensors_of(self._layers[0].program.model))
+        self.check()
         self._options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations}
         damped = with_control_cost(problem, cost)
         if isinstance(problem, StreamedProblem):
@@ -127,33 +144,74 @@ class Laplace:
             return cost.uniform * self.scale
         return tuple(value * self.scale for value in cost.block_values or ())
 
-    def with_prior(self, prior_precision: float, noise: float | None = None) -> Laplace:
+    def __repr__(self) -> str:
+        noise = "" if self.noise is None else f", noise={self.noise:.4g}"
+        delta = self.prior_precision
+        prior = f"{delta:.4g}" if isinstance(delta, float) else "by parameter"
+        return (
+            f"Laplace(loss='{self.likelihood.loss_name}', outputs={self.likelihood.width}, "
+            f"weights={self.posterior.problem.size}, prior_precision={prior}{noise}, "
+            f"method='{self.method}')"
+        )
+
+    def with_prior(
+        self, prior_precision: float | None = None, noise: float | None = None
+    ) -> Laplace:
         """The same posterior with another prior and noise; the Gram matrix is kept.
 
         Args:
-            prior_precision: delta.
+            prior_precision: delta; None keeps it.
             noise: v; None keeps it.
+
+        Raises:
+            RuntimeError: The weights or the data changed since.
         """
-        noise = self.noise if noise is None else noise
-        self.likelihood.check_noise(noise)
-        scale = float(self.likelihood.scale(noise))
-        cost, old = prior_cost(self._given, prior_precision, scale), self.posterior
+        self.check()
+        noise = self.likelihood.checked_noise(self.noise if noise is None else noise)
+        scale, old = float(self.likelihood.scale(noise)), self.posterior
+        cost = old.problem.control_cost
+        # R over what it was, None where that is no number.
+        factor: float | None
+        if prior_precision is None:
+            factor = self.scale / scale
+            kept = ((blocks, value * factor) for blocks, value in cost.groups)
+            cost = replace(cost, groups=tuple(kept))
+        else:
+            factor = None if cost.uniform is None else 1 / cost.uniform
+            cost = prior_cost(self._given, prior_precision, scale)
+            if factor is not None and cost.uniform is not None:
+                factor *= cost.uniform
         other = Laplace.__new__(Laplace)
         other.__dict__.update(self.__dict__)
         other.noise, other.scale = noise, scale
         damped = with_control_cost(self._given, cost)
-        uniform = old.problem.control_cost.uniform
         if not isinstance(old, DualPosterior):
             other.posterior = CGPosterior(damped, scale, **self._options)
             return other
-        assert isinstance(damped, LQRProblem) and cost.uniform is not None
-        if uniform is None:
-            gram = data_gram(damped)
-            assert gram is not None
-        else:
-            gram = old.gram * (uniform / cost.uniform)
+        assert isinstance(damped, LQRProblem)
+        gram = data_gram(damped) if factor is None else old.gram / factor
+        assert gram is not None
         other.posterior = DualPosterior(damped, scale, gram)
         return other
+
+    def check(self) -> None:
+        """Raises if the weights, buffers or data are no longer those of the posterior.
+
+        Everything that is asked of it does this for itself.
+
+        Raises:
+            RuntimeError: With the name of what changed.
+        """
+        self._snapshot.check_entries()
+        if isinstance(self._given, LQRProblem):
+            check_current(self._given)
+
+    @property
+    def _layers(self) -> Sequence[Layer]:
+        if isinstance(self._given, StreamedProblem):
+            return self._given._layers
+        assert self._given.origin is not None
+        return self._given.origin.layers
 
     # ---- predictions
 
@@ -167,6 +225,10 @@ class Laplace:
             A gpytorch `MultivariateNormal` over M samples for one output, and for D a
             `MultitaskMultivariateNormal` (M, D); the mean is the network's output, the covariance
             a lazy operator. A likelihood of gpytorch adds the noise.
+
+        Raises:
+            RuntimeError: The weights or the data changed since the posterior was made, or before
+                the covariance is evaluated.
         """
         problem, covariance = self._predicted(inputs)
         assert problem.origin is not None
@@ -212,7 +274,7 @@ class Laplace:
 
     @torch.no_grad()
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Draws u of the posterior of theta + u, rows (count, P), by solving with noise.
+        """Draws u of the posterior of theta + u, by solving with noise.
 
         u = Lambda^{-1} (s^{1/2} J'L e_1 + delta^{1/2} e_2) with standard normal e_1, e_2
         (Papandreou and Yuille 2010).
@@ -220,7 +282,16 @@ class Laplace:
         Args:
             count: How many; draw number i does not depend on it.
             seed: Of the noise.
+
+        Returns:
+            Tensor (count, P): a draw is a row, to be added to the flat weights theta
+            (`problem.unflatten(row)` has its parts by name).
+
+        Raises:
+            ValueError: `count` is no positive whole number.
+            RuntimeError: The weights or the data changed since.
         """
+        self.check()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count is {count!r}: give at least 1.")
         problem = self.posterior.problem
@@ -251,13 +322,8 @@ class Laplace:
             _add_noise_of(part, rows, weight / problem._mass, which, seed, batch + 1)
 
     def _predicted(self, inputs: Any) -> tuple[LQRProblem, Covariance]:
-        given = self._given
-        if isinstance(given, StreamedProblem):
-            layers, columns = given._layers, given._columns
-        else:
-            assert given.origin is not None
-            layers, columns = given.origin.layers, given._columns
-        new = linearised(layers, inputs, columns=columns)
+        self.check()
+        new = linearised(self._layers, inputs, columns=self._given._columns)
         if output_width(new) != self.likelihood.width:
             raise ValueError(
                 f"the network has {output_width(new)} outputs per sample at these inputs and had "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from ..operators.softmax_curvature import SoftmaxCurvature
 from ..output_sweep import terminal_factor
 from ..problem import LQRProblem
 from ..streamed import StreamedProblem
+
+MASS_SPREAD = 1e-2
+"""Relative difference between samples' sums of target probabilities that is put up with."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,15 @@ class Likelihood:
         count = self.mass * self.width
         return -count / 2 * (self.loss_value / v + torch.log(2 * math.pi * v))
 
-    def check_noise(self, noise: float | None) -> None:
-        """Raises a ValueError unless a noise is there where one belongs, and positive."""
+    @property
+    def loss_name(self) -> str:
+        """As `LQRProblem.from_network` takes it."""
+        if self.gaussian:
+            return "mse"
+        return "bce_with_logits" if self.bernoulli else "cross_entropy"
+
+    def checked_noise(self, noise: Any) -> float | None:
+        """The noise, or a ValueError unless it is there where one belongs, and positive."""
         if self.gaussian and noise is None:
             raise ValueError(
                 "noise is missing: 'mse' has no variance of its own, so give noise=sigma**2, or "
@@ -76,8 +87,7 @@ class Likelihood:
             )
         if not self.gaussian and noise is not None:
             raise ValueError(f"noise is {noise} and the loss is no 'mse': leave it out.")
-        if noise is not None:
-            positive("noise", noise)
+        return None if noise is None else positive("noise", noise)
 
 
 def likelihood_of(problem: LQRProblem | StreamedProblem) -> Likelihood:
@@ -98,10 +108,17 @@ def likelihood_of(problem: LQRProblem | StreamedProblem) -> Likelihood:
             f"the metric is {type(metric).__name__}: the Laplace posterior of the linearised "
             "network takes 'gauss_newton' or 'fisher'."
         )
+    if isinstance(metric, Fisher) and metric.kind != "exact":
+        raise ValueError(
+            f"the metric is the Fisher matrix of kind {metric.kind!r}, which is not the curvature "
+            "of the likelihood: use metric='fisher' or 'gauss_newton'."
+        )
     if getattr(loss, "weight", None) is not None or getattr(loss, "pos_weight", None) is not None:
         raise ValueError("the loss has weights, and is no likelihood: leave them out.")
     if isinstance(problem, StreamedProblem):
-        first, _ = next(iter(problem._problems(check=False)))
+        first, targets = next(iter(problem._problems(check=False)))
+        if isinstance(loss, CrossEntropy) and targets.is_floating_point():
+            _check_sums(problem, loss)
         mass, value = problem._mass, problem.loss_value
     else:
         first = problem
@@ -140,16 +157,19 @@ def prior_cost(
         if min(cost.block_values) <= 0:
             raise ValueError("the problem has no damping: give prior_precision > 0.")
         return cost
-    positive("prior_precision", prior_precision)
-    return ControlCost.scalar(float(prior_precision) / scale, cost.sizes)
+    return ControlCost.scalar(positive("prior_precision", prior_precision) / scale, cost.sizes)
 
 
-def positive(name: str, value: Any) -> None:
-    """Raises a ValueError unless a value is a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def positive(name: str, value: Any) -> float:
+    """A number or a tensor () as a float; a ValueError unless it is positive and finite."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype != torch.bool:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} is {value!r}: give a positive number.")
-    if not (math.isfinite(value) and value > 0):
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} is {value}: give a positive, finite number.")
+    return number
 
 
 def _loss_and_metric(problem: LQRProblem | StreamedProblem) -> tuple[Loss, Metric]:
@@ -167,10 +187,27 @@ def _count(problem: LQRProblem, loss: Loss) -> float:
     if not isinstance(loss, CrossEntropy):
         return float(loss.count(outputs, outputs))
     curvature = terminal_factor(problem)
-    if not isinstance(curvature, SoftmaxCurvature):
-        raise ValueError(
-            "the number of positions that count cannot be told from a sampled Fisher metric: use "
-            "metric='gauss_newton' or 'fisher'."
-        )
-    # Every position that counts has the weight 1 / count.
-    return float(round(1 / float(curvature.weights.max())))
+    # Without class weights every metric that is let through has this curvature.
+    assert isinstance(curvature, SoftmaxCurvature)
+    weights = curvature.weights[curvature.weights > 0]
+    top = float(weights.max())
+    if float(weights.min()) < (1 - MASS_SPREAD) * top:
+        raise _not_normalised()
+    # 1 / count, but where all target probabilities add up to another number.
+    return float(len(weights)) if abs(top * len(weights) - 1) < MASS_SPREAD else 1 / top
+
+
+def _check_sums(problem: StreamedProblem, loss: CrossEntropy) -> None:
+    """As `_count` for target probabilities: they add up to one in all batches."""
+    for _, targets in problem._problems(check=False):
+        mass = loss._mass(targets.double(), targets, loss._axis(targets, targets))
+        if bool(((mass - 1).abs() > MASS_SPREAD).any()):
+            raise _not_normalised()
+
+
+def _not_normalised() -> ValueError:
+    return ValueError(
+        "the target probabilities add up to another number for every sample, so that the loss is "
+        "no mean of log-likelihoods: normalise them, targets / targets.sum(class_dim, "
+        "keepdim=True)."
+    )

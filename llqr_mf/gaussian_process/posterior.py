@@ -10,7 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import factors
 from ..gram import closed_form_gram
+from ..gram_matrix import GRAM_BY_PRODUCTS, gram_matrix
 from ..operators.apply import apply_rows
 from ..operators.base import MatrixFreeOperator
 from ..operators.control_cost import ControlCost
@@ -19,7 +21,7 @@ from ..operators.tangent import from_rows
 from ..output_sweep import factor_columns, required_factor, samples_are_apart
 from ..problem import LQRProblem
 from ..solvers.cg import cg
-from ..solvers.dual import Dual, gram_by_products
+from ..solvers.dual import Dual
 from ..streamed import StreamedProblem
 from .kernel_matrix import (
     Side,
@@ -33,9 +35,6 @@ from .linearised import output_width
 
 DUAL_SIZE = 16384
 """Largest N r whose Gram matrix is made in closed form."""
-
-BY_PRODUCTS = 1024
-"""Largest N r whose Gram matrix is made by products where it has no closed form."""
 
 PASS_ELEMENTS = 2**25
 """Numbers in the right-hand sides of one block CG."""
@@ -83,7 +82,7 @@ class DualCovariance(Covariance):
         scale: float,
         columns: int | None = None,
     ) -> None:
-        super().__init__(proto, columns=problem._columns, problem=problem, seen=seen, scale=scale)
+        super().__init__(proto, columns=columns, problem=problem, seen=seen, scale=scale)
         self.problem, self.seen, self.scale = problem, seen, scale
 
     def _rows(self, v: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ class CGCovariance(Covariance):
         posterior: CGPosterior,
         columns: int | None = None,
     ) -> None:
-        super().__init__(proto, columns=posterior.columns, problem=problem, posterior=posterior)
+        super().__init__(proto, columns=columns, problem=problem, posterior=posterior)
         self.problem, self.posterior = problem, posterior
 
     def _rows(self, v: Tensor) -> Tensor:
@@ -220,7 +219,13 @@ class DualPosterior(Posterior):
         """No solve of size P, here or later."""
         cross = cross_factor(self.problem, self.factor, problem)
         seen = torch.linalg.solve_triangular(self.cholesky, cross.double(), upper=False)
-        return DualCovariance(problem.system.proto, problem=problem, seen=seen, scale=self.scale)
+        return DualCovariance(
+            problem.system.proto,
+            problem=problem,
+            seen=seen,
+            scale=self.scale,
+            columns=problem._columns,
+        )
 
     def solve_rows(self, v: Tensor) -> Tensor:
         """As exact as the Gram matrix is."""
@@ -252,7 +257,8 @@ class CGPosterior(Posterior):
 
     def covariance(self, problem: LQRProblem) -> CGCovariance:
         """A solve for every column of a product."""
-        return CGCovariance(problem.system.proto, problem=problem, posterior=self)
+        proto = problem.system.proto
+        return CGCovariance(proto, problem=problem, posterior=self, columns=self.columns)
 
     def solve_rows(self, v: Tensor) -> Tensor:
         """To `rtol`; says so in a warning where that was not reached."""
@@ -271,10 +277,9 @@ def data_gram(problem: LQRProblem) -> Tensor | None:
     """G of the training data, in closed form up to `DUAL_SIZE` or by products while it is small."""
     factor = required_factor(problem, "posteriors by the dual")
     size = (factor.rank or 0) * factor.samples
-    gram = closed_form_gram(problem) if size <= DUAL_SIZE else None
-    if gram is None and size <= BY_PRODUCTS:
-        gram = gram_by_products(problem.system, factor)
-    return gram
+    if factors.DUAL_SIZE < size <= DUAL_SIZE:
+        return closed_form_gram(problem)
+    return gram_matrix(problem, factor)[0]
 
 
 def has_gram(problem: LQRProblem) -> bool:
@@ -282,7 +287,7 @@ def has_gram(problem: LQRProblem) -> bool:
     factor = required_factor(problem, "posteriors")
     size = (factor.rank or 0) * factor.samples
     apart = samples_are_apart(problem) and problem.system.control_cost.block_values is not None
-    return size <= BY_PRODUCTS or (apart and size <= DUAL_SIZE)
+    return size <= GRAM_BY_PRODUCTS or (apart and size <= DUAL_SIZE)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,10 @@ from linear_operator import LinearOperator
 from torch import Tensor, nn
 
 from ..network import Layer, split
+from ..network.snapshot import Snapshot
 from ..operators.tangent import Tangent, from_rows, to_rows
 from ..problem import LQRProblem
+from .checks import check_deterministic, tensors_of
 from .kernel_matrix import closed_form_kernel, kernel, kernel_matrix, output_squares
 from .linearised import linearised, output_width
 
@@ -37,6 +40,9 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
     Matrices are made in closed form where samples are apart, and the last few are kept while the
     weights stay, so that the training of hyperparameters costs one. A matrix of more than
     `dense_size` rows or columns, or a larger one without a closed form, stays a lazy operator.
+
+    The network must be in evaluation mode where it has dropout or BatchNorm. Its weights and modes
+    may change between calls. A deep copy shares the network, which `get_fantasy_model` needs.
 
     Args:
         model: The network, called on x of shape (N, *input_shape).
@@ -68,7 +74,8 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
         self._network = _Network(model, input_shape, damping, cuts, columns)
         self.dense_size = dense_size
         self._width: int | None = None
-        self._kept: list[tuple[Tensor, Tensor, tuple[int, ...], Tensor]] = []
+        self._kept_of = self._network.changes
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +106,8 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
             **params: Ignored.
 
         Raises:
-            ValueError: x1 or x2 have batch dimensions.
+            ValueError: x1 or x2 have batch dimensions, or the network's outputs are random or
+                depend on the rest of their batch.
         """
         if last_dim_is_batch or x1.ndim != 2 or x2.ndim != 2:
             raise ValueError(
@@ -114,9 +122,11 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
             return self._matrix(x1, x2, same)
 
     def _matrix(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor | LinearOperator:
-        versions = self._network.versions()
-        for one, two, then, matrix in self._kept:
-            if then == versions and torch.equal(one, x1) and torch.equal(two, x2):
+        self._network.refresh()
+        if self._kept_of != self._network.changes:
+            self._kept, self._kept_of = [], self._network.changes
+        for one, two, matrix in self._kept:
+            if _equal(one, x1) and _equal(two, x2):
                 return matrix
         problem1 = self._network.at(x1)
         problem2 = problem1 if same else self._network.at(x2)
@@ -129,7 +139,8 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
         if made is None:
             return kernel(problem1, problem2)
         assert isinstance(made, Tensor)
-        self._kept = [(x1, x2, versions, made), *self._kept[: KEPT - 1]]
+        # Copies: the user may write to x.
+        self._kept = [(x1.clone(), x2.clone(), made), *self._kept[: KEPT - 1]]
         return made
 
     def _diagonal(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
@@ -192,19 +203,48 @@ class _Network:
         columns: int | None,
     ) -> None:
         self.model, self.input_shape, self.damping = model, input_shape, damping
-        self.columns = columns
+        self.columns, self.cuts = columns, cuts
         self.layers: list[Layer] = split(model, cuts=cuts)
+        self.changes = 0
+        self._take()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Network:
+        """Shares the model, which is linearised at the same weights in both."""
+        return copy.copy(self)
 
     def at(self, x: Tensor) -> LQRProblem:
         """The problem of some inputs."""
+        self.refresh()
+        check_deterministic(self.layers[0].program)
         if self.input_shape is not None:
             x = x.reshape(len(x), *self.input_shape)
         return linearised(self.layers, x, damping=self.damping, columns=self.columns)
 
-    def versions(self) -> tuple[int, ...]:
-        """Changes when the weights do."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple(v for t in tensors for v in (t.data_ptr(), t._version))
+    def refresh(self) -> None:
+        """Takes in what happened to the model: `changes` moves if anything did."""
+        kind, versions = self._kind, self._versions
+        same = self._now() == (kind, versions)
+        if same and self._snapshot.changed(thorough=True) is None:
+            return
+        self.changes += 1
+        self._take()
+        if self._kind != kind:
+            self.layers = split(self.model, cuts=self.cuts)
+
+    def _take(self) -> None:
+        self._kind, self._versions = self._now()
+        self._snapshot = Snapshot(tensors_of(self.model))
+
+    def _now(self) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+        """Modes and what is trained; where the tensors are and how often they were written to."""
+        tensors = [tensor for _, tensor in tensors_of(self.model)]
+        modes = (module.training for module in self.model.modules())
+        kind = (*modes, *(tensor.requires_grad for tensor in tensors))
+        return kind, tuple(v for t in tensors for v in (t.data_ptr(), t._version))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _moved_by_weights(problem: LQRProblem, model: nn.Module) -> Tensor:

@@ -79,8 +79,9 @@ class Depth:
         }
 
     def __str__(self) -> str:
+        """The largest eigenvalue by each curvature, its residual, and the trace."""
         kinds = list(self.rows[0].values)
-        head = "".join(f"{f'|{kind}|':>14}{f'tr {kind}':>24}" for kind in kinds)
+        head = "".join(f"{f'|{kind}|':>14}{'residual':>10}{f'tr {kind}':>24}" for kind in kinds)
         width = max(6, *(len(row.name) for row in self.rows))
         lines = [f"{'t':>3} {'layer':{width}}{'size':>9}{head}"]
         for row in self.rows:
@@ -88,7 +89,8 @@ class Depth:
             for kind in kinds:
                 total = row.traces[kind]
                 spread = f"{float(total):.4g} +- {float(total.standard_error):.1g}"
-                numbers += f"{float(row.values[kind][0]):14.4g}{spread:>24}"
+                top, residual = float(row.values[kind][0]), float(row.residuals[kind][0])
+                numbers += f"{top:14.4g}{residual:10.1g}{spread:>24}"
             lines.append(f"{row.time:3d} {row.name:{width}}{row.size:9d}{numbers}")
         return "\n".join(lines)
 
@@ -108,8 +110,12 @@ def through_depth(
     "curvature" is C_t = Q_t + A_t'C_{t+1}A_t, with the weights held; "value" is the cost-to-go
     matrix P_t <= C_t, with the best answer of all later weights to a change of x_t; "cost" is the
     stage's own Q_t, which only Newton-like and intermediate-layer metrics have before the output.
-    P_t comes from one low-rank sweep where the terminal cost is small enough, and by one CG per
-    product otherwise.
+    P_t comes from one low-rank sweep where the costs are small enough and damping is positive, and
+    by one CG per product otherwise. Without damping P_t is zero where the later weights can undo
+    any change of x_t, and its eigenvalues are rounding.
+
+    Activations often have an eigenvalue for every sample or class, so that k vectors are multiplied
+    together: a single one would find each multiple eigenvalue once.
 
     Args:
         problem: Of one batch; damping counts for P_t.
@@ -121,8 +127,16 @@ def through_depth(
         progress: Whether to show a progress bar over the times.
 
     Raises:
-        ValueError: A kind or a time is unknown.
+        TypeError: The problem is a `StreamedProblem` or something else.
+        ValueError: A kind or a time is unknown, or k is less than 1.
     """
+    if not isinstance(problem, LQRProblem):
+        raise TypeError(
+            f"problem is a {type(problem).__name__}: the curvature in activations is that of one "
+            "batch; give LQRProblem.from_network(layers, inputs, targets, ...)."
+        )
+    if k < 1:
+        raise ValueError(f"k is {k}: give at least 1.")
     unknown = sorted(set(kinds) - {"curvature", "value", "cost"})
     if unknown or not kinds:
         raise ValueError(f"kinds has {unknown}: choose of 'curvature', 'value' and 'cost'.")
@@ -144,8 +158,9 @@ def through_depth(
             else:
                 made[kind] = problem.value(t) if values is None else values[t]
         size = problem.Q[t].shape[0]
+        most = min(k, size)
         tops = {
-            kind: eigenvalues(A, min(k, size), rtol=rtol, seed=seed) for kind, A in made.items()
+            kind: eigenvalues(A, most, block=most, rtol=rtol, seed=seed) for kind, A in made.items()
         }
         traces = {
             kind: trace(A, products=min(PRODUCTS, size), seed=seed) for kind, A in made.items()
@@ -168,8 +183,12 @@ def through_depth(
 
 @torch.no_grad()
 def _values(problem: LQRProblem) -> Sequence[LinearOperator] | None:
-    """P_0..P_T from one sweep, or None where its factors would be too large."""
+    """P_0..P_T from one sweep, or None where that does not apply."""
     factor = terminal_factor(problem)
     if factor is None or (factor.rank or 0) * factor.samples > DUAL_SIZE:
         return None
-    return solve(problem, "low_rank").values
+    try:
+        return solve(problem, "low_rank").values
+    except ValueError:
+        # R has no inverse, or a cost on a layer has no factor.
+        return None

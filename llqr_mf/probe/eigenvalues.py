@@ -129,8 +129,8 @@ def eigenvalues(
         max_products: Most vectors multiplied. None takes 1000, or more for a large basis.
         seed: Of the random start: the same seed gives the same bits.
         progress: Whether to show a progress bar.
-        checkpoint: A folder to keep what is done in, at every restart (LOBPCG: every 10 iterations),
-            and to go on from; `max_products` may differ then.
+        checkpoint: A folder to keep what is done in, at every restart (LOBPCG: every 10
+            iterations), and to go on from; `max_products` may differ then.
 
     Returns:
         The pairs. A RuntimeWarning says so where some have not converged.

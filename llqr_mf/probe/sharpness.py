@@ -86,8 +86,10 @@ class Sharpness:
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}: give at least 1.")
-        if (batches is None) == (targets is None):
-            raise ValueError("give either inputs and targets, or batches.")
+        given = [name for name, x in (("inputs", inputs), ("targets", targets)) if x is not None]
+        if len(given) != (2 if batches is None else 0):
+            has = " and ".join(given if batches is None else [*given, "batches"]) or "no data"
+            raise ValueError(f"there is {has}: give either inputs and targets, or batches.")
         self.layers = split(model) if layers is None else layers
         self._data = (inputs, targets, batches)
         self._options = {"loss": loss, "metric": metric, "damping": 0.0}

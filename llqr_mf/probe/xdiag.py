@@ -25,7 +25,8 @@ def xdiag(probed: Probed, products: int) -> Estimate:
 
     Q_i an orthonormal basis of the A w_j, j != i. It is unbiased for every distribution. (Dividing
     by w_i o w_i, which is one for signs, would have no mean for normals.) Half the products go to
-    the m vectors w and half to the basis Q. It holds 3 m vectors, m = products / 2.
+    the m vectors w and half to the basis Q. It holds 3 m vectors, m = products / 2, and the two
+    results in float64.
 
     With s_i as in `directions_left_out`, A w_j = Q r_j and Z = A Q, the i-th term is
 
@@ -48,9 +49,15 @@ def xdiag(probed: Probed, products: int) -> Estimate:
     whole = [each.to(basis.device) for each in (S, (S * R).sum(0))]
     pairs = [each.to(basis.device) for each in _pairs(R, min(count, PAIRS_OF))]
     for q, z, w, (mean, error) in pieces(basis, images, vectors, out):
-        terms, gaps = _terms(q.double(), z.double(), w.double(), *whole, *pairs)
-        mean.copy_(terms.mean(0))
-        error.copy_(error_from_gaps(terms, gaps))
+        # The pairs take p numbers for every one of a piece, which is cut again for them.
+        width = max(1, q.shape[1] // len(pairs[1]))
+        for part in zip(
+            *(x.split(width, 1) for x in (q, z, w, mean[None], error[None])), strict=True
+        ):
+            *blocks, means, errors = part
+            terms, gaps = _terms(*(block.double() for block in blocks), *whole, *pairs)
+            means[0] = terms.mean(0)
+            errors[0] = error_from_gaps(terms, gaps)
     return Estimate(out[0], out[1], count, probed.products, probed.seed, method="xdiag")
 
 

@@ -26,7 +26,8 @@ def xtrace(probed: Probed, products: int) -> Estimate:
     Q_i an orthonormal basis of the A w_j, j != i. Half the products go to the m vectors w, half
     to the basis Q of all A w_j; the rest is arithmetic on m x m matrices. Vectors on the sphere
     are scaled to length sqrt(n - m + 1) after the projection, which leaves less
-    variance. It holds m = products / 2 vectors.
+    variance. It holds m = products / 2 vectors, and twice as many, one for every product, while
+    they are put together and while their QR decomposition is made.
 
     The m summands share most of their sketches, so that their errors are correlated, and their
     deviation over sqrt(m), the error estimate of the paper, is too small: between 0.5 and 1 of the

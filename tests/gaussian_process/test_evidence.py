@@ -156,6 +156,34 @@ def test_stochastic(loss, noise):
         assert abs(float(found) - exact) < 4 * found.standard_error + found.bias_bound
 
 
+def test_nothing_to_learn_a_prior_from():
+    """Outputs so far apart that the softmax has no curvature; targets that are fitted exactly."""
+    model = mlp(4, 6, 3)
+    with torch.no_grad():
+        model[-1].weight.zero_()
+        model[-1].bias.copy_(torch.tensor([2000.0, 0.0, -2000.0]))
+    zeros = torch.zeros(8, dtype=torch.long)
+    problem = lq.LQRProblem.from_network(lq.split(model), X, zeros, loss="cross_entropy")
+    with pytest.raises(ValueError, match=r"saturated softmax.*Give prior_precisions="):
+        choose_prior(problem)
+    choice = choose_prior(problem, prior_precisions=[0.1, 1.0])
+    assert math.isfinite(choice.log_evidence) and choice.effective_parameters == 0
+    fitted = mlp(4, 6, 3)
+    problem = lq.LQRProblem.from_network(lq.split(fitted), X, fitted(X).detach(), loss="mse")
+    with pytest.raises(ValueError, match=r"fits its targets exactly.*Give noise="):
+        choose_prior(problem)
+    for given in ({"noise": 0.1}, {"noises": [0.1, 0.2]}):
+        choice = choose_prior(problem, **given)
+        assert 1e-6 < choice.prior_precision < 1e6 and 0.1 <= choice.noise <= 0.2
+
+
+def test_numbers_of_other_kinds():
+    _, problem = problem_of("mse")
+    expected = choose_prior(problem, noise=0.25)
+    found = choose_prior(problem, noise=torch.tensor(0.25))
+    assert (found.prior_precision, found.noise) == (expected.prior_precision, 0.25)
+
+
 def test_bad_arguments():
     _, problem = problem_of("mse")
     _, classes = problem_of("cross_entropy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from memory import LiveBytes
@@ -24,6 +25,17 @@ def conv(classes=3):
     return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), *head)
 
 
+class Centred(nn.Module):
+    """Samples interact."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def interacting():
+    return nn.Sequential(nn.Linear(4, 5), Centred(), nn.Tanh(), nn.Linear(5, 3))
+
+
 def batch_norm():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
 
@@ -40,7 +52,7 @@ CASES = {
     "classes": (lambda: mlp(4, 6, 5, 3), *ROWS, LABELS, "cross_entropy"),
     "logits": (lambda: mlp(4, 6, 2), *ROWS, (normal(6, 2, seed=3) > 0).to(F64), "bce_with_logits"),
     "conv": (lambda: seeded(conv).eval(), *IMAGES, LABELS, "cross_entropy"),
-    "batch_norm": (lambda: seeded(batch_norm).train(), *ROWS, LABELS, "cross_entropy"),
+    "interacting": (lambda: seeded(interacting), *ROWS, LABELS, "cross_entropy"),
     "tied": (
         lambda: seeded(TiedTransformer),
         *(TOKENS, torch.tensor([[1, 1, 3]]), (TOKENS + 1) % 5),
@@ -235,11 +247,6 @@ def test_bad_arguments():
     weighted = nn.CrossEntropyLoss(weight=torch.ones(3, dtype=F64))
     with pytest.raises(ValueError, match="has weights"):
         Laplace(lq.LQRProblem.from_network(layers, inputs, LABELS, loss=weighted))
-    drawn = lq.LQRProblem.from_network(
-        layers, inputs, LABELS, loss="cross_entropy", metric="fisher_mc"
-    )
-    with pytest.raises(ValueError, match="sampled Fisher metric"):
-        Laplace(drawn)
     with pytest.raises(ValueError, match="has no classes"):
         laplace_of(problem, "outputs", "dual").probabilities(new)
     for count in (0, 1.5, True):
@@ -247,9 +254,58 @@ def test_bad_arguments():
             laplace_of(classes, "classes", "dual").sample(count)
 
 
+@pytest.mark.parametrize(
+    "number", [torch.tensor, lambda x: torch.tensor(x, dtype=torch.float32), np.float32, np.float64]
+)
+def test_numbers_of_other_kinds(number):
+    problem, *_ = dense("outputs")
+    made = Laplace(problem, prior_precision=number(0.5), noise=number(0.25))
+    assert (made.prior_precision, made.noise) == (0.5, 0.25) and type(made.noise) is float
+    assert made.with_prior(number(2.0), number(0.5)).prior_precision == 2.0
+    for wrong in (torch.ones(2), torch.tensor(True), "1", 1j):
+        with pytest.raises(ValueError, match="give a positive number"):
+            Laplace(problem, prior_precision=wrong, noise=0.1)
+    with pytest.raises(ValueError, match="give a positive, finite number"):
+        Laplace(problem, prior_precision=1.0, noise=number(-1.0))
+
+
+@pytest.mark.parametrize("method", ["dual", "cg"])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_another_noise_keeps_the_prior(method, by_layer):
+    problem, new, *_ = dense("outputs")
+    if by_layer:
+        names = [layer.name for layer in problem.origin.layers]
+        problem = problem.with_damping({name: 0.1 * (t + 1) for t, name in enumerate(names)})
+    first = Laplace(problem, noise=NOISE, method=method, rtol=1e-13)
+    moved = first.with_prior(noise=0.5)
+    assert moved.prior_precision == pytest.approx(first.prior_precision) and moved.noise == 0.5
+    # The same prior as damping: R = delta / s.
+    ratio = 0.5 / NOISE
+    values = [v * ratio for v in problem.control_cost.block_values]
+    owner = {n: layer.name for layer in problem.origin.layers for n in layer.parameters}
+    damping = {owner[n]: v for n, v in zip(problem.names, values, strict=True)}
+    damping = {layer.name: damping.get(layer.name, 1.0) for layer in problem.origin.layers}
+    expected = Laplace(problem.with_damping(damping), noise=0.5, method=method, rtol=1e-13)
+    assert relative(
+        moved.predict(new).covariance_matrix, expected.predict(new).covariance_matrix
+    ) < (1e-9)
+    back = moved.with_prior(noise=NOISE).predict(new).covariance_matrix
+    assert relative(back, first.predict(new).covariance_matrix) < 1e-9
+
+
+def test_repr():
+    problem, *_ = dense("outputs")
+    made = repr(Laplace(problem, prior_precision=0.5, noise=0.25))
+    assert made == (
+        "Laplace(loss='mse', outputs=3, weights=51, prior_precision=0.5, noise=0.25, method='dual')"
+    )
+    classes, *_ = dense("classes")
+    assert "loss='cross_entropy'" in repr(Laplace(classes, prior_precision=1.0))
+
+
 def test_no_gram_matrix():
     """Samples interact and are many: auto takes cg, dual says why not."""
-    model = seeded(batch_norm).train()
+    model = seeded(interacting)
     n = 400
     problem = lq.LQRProblem.from_network(
         lq.split(model), normal(n, 4, seed=1), torch.arange(n) % 3, loss="cross_entropy"

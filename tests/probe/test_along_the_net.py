@@ -101,6 +101,59 @@ def test_a_chosen_time_and_bad_ones() -> None:
         through_depth(problem, kinds=["slope"])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("name", ["dropout", "layer_and_rms_norm"])
+def test_repeated_eigenvalues_through_depth_are_all_found(name: str) -> None:
+    # At the default tolerance: a copy that is missed leaves no trace in the residuals.
+    for seed in range(8):
+        torch.manual_seed(seed)
+        problem = zoo_problem(name)
+        for row in through_depth(problem, 3, kinds=["curvature"], seed=seed).rows:
+            dense = problem.state_curvature(row.time).to_dense()
+            largest = torch.linalg.eigvalsh(dense).flip(0)[:3]
+            error = (row.values["curvature"] - largest).abs()
+            assert float(error.max()) <= 2e-3 * float(largest[0]), row.time
+
+
+@pytest.mark.filterwarnings("ignore:.*eigenpairs have not converged:RuntimeWarning")
+def test_values_without_damping() -> None:
+    # More weights than outputs undo any change; the output itself no weight does.
+    found = through_depth(zoo_problem("mlp").with_damping(0.0), 2, kinds=["value", "curvature"])
+    *hidden, output = found.rows
+    for row in hidden:
+        assert float(row.values["value"].abs().max()) <= 1e-10
+    assert torch.equal(output.values["value"], output.values["curvature"])
+    # A linear head alone, on more samples than weights: some changes cannot be undone.
+    x, y = torch.randn(30, 2).double(), torch.randn(30, 1).double()
+    net = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
+    problem = lq.LQRProblem.from_network(lq.split(net), x, y, loss="mse", damping=0.0)
+    (row,) = through_depth(problem, 2, kinds=["value"], times=[1]).rows
+    C = problem.state_curvature(1).to_dense()
+    J = problem.output_jacobian.to_dense()
+    A, Q = problem.A[1].to_dense(), problem.Q[2].to_dense()
+    rest = torch.eye(30, dtype=torch.float64) - J @ torch.linalg.pinv(J)
+    exact = torch.linalg.eigvalsh(A.mT @ rest @ Q @ rest @ A)
+    assert float(exact[-1]) > 0.01 * float(torch.linalg.eigvalsh(C)[-1])
+    allowed = row.residuals["value"] + 1e-9
+    assert bool(((row.values["value"] - exact.flip(0)[:2]).abs() <= allowed).all())
+
+
+def test_residuals_through_depth_are_printed() -> None:
+    found = through_depth(zoo_problem("mlp"), 2, rtol=0.3, times=[0], kinds=["curvature"])
+    residual = float(found.rows[0].residuals["curvature"][0])
+    head, line = str(found).splitlines()
+    assert "residual" in head and f"{residual:.1g}" in line
+
+
+def test_depth_wants_the_problem_of_one_batch() -> None:
+    x, y = torch.randn(12, 4).double(), torch.randn(12, 2).double()
+    chunks = lq.StreamedProblem.chunks(x, y, 5)
+    streamed = lq.StreamedProblem(lq.split(mlp(4, 8, 2)), chunks, loss="mse")
+    with pytest.raises(TypeError, match=r"StreamedProblem.*LQRProblem\.from_network"):
+        through_depth(streamed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k is 0"):
+        through_depth(zoo_problem("mlp"), 0)
+
+
 # ---- sharpness
 
 
@@ -163,5 +216,15 @@ def test_sharpness_wants_data_and_a_stride() -> None:
     model = mlp(4, 8, 2)
     with pytest.raises(ValueError, match="batches"):
         Sharpness(model, loss="mse")
+    x, y = torch.ones(2, 4), torch.ones(2, 2)
+    for given in (
+        {"inputs": x, "batches": [(x, y)]},
+        {"targets": y, "batches": [(x, y)]},
+        {"inputs": x, "targets": y, "batches": [(x, y)]},
+        {"inputs": x},
+        {"targets": y},
+    ):
+        with pytest.raises(ValueError, match=f"there is {' and '.join(given)}: give either"):
+            Sharpness(model, loss="mse", **given)
     with pytest.raises(ValueError, match="every"):
         Sharpness(model, torch.ones(2, 4), torch.ones(2, 2), loss="mse", every=0)

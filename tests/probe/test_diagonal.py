@@ -286,6 +286,18 @@ def test_memory_at_four_million(method: str) -> None:
     print(f"{method}: {peaks} vectors")
 
 
+@pytest.mark.parametrize("products", [6, 12])
+def test_xdiag_holds_one_and_a_half_vectors_per_product(products: int) -> None:
+    n = 4_000_000
+    d = torch.linspace(1, 2, n)
+    operator = from_function(lambda rows: rows * d, n, rows=True)
+    with LiveBytes() as memory:
+        diagonal(operator, method="xdiag", products=products, columns=2)
+    # 3 m float32 vectors, m = products / 2, and two float64 results. Pieces are of a megabyte,
+    # vectors of 16.
+    assert memory.peak / (4 * n) <= 1.5 * products + 4 + 1
+
+
 def test_bad_input() -> None:
     A = matrix(spectrum("flat"))
     with pytest.raises(ValueError, match="method='hutch'"):

@@ -364,6 +364,17 @@ def test_memory_at_four_million(method: str) -> None:
     assert math.isclose(peaks[0], peaks[-1], rel_tol=0.01)
 
 
+@pytest.mark.parametrize("products", [8, 16])
+def test_xtrace_holds_one_vector_per_product(products: int) -> None:
+    n = 4_000_000
+    d = torch.linspace(1, 2, n)
+    operator = from_function(lambda rows: rows * d, n, rows=True)
+    with LiveBytes() as memory:
+        trace(operator, method="xtrace", products=products, columns=2)
+    # The m = products / 2 vectors and Q; small matrices besides.
+    assert products <= memory.peak / (4 * n) <= products + 0.1
+
+
 def test_bad_input() -> None:
     A = matrix(spectrum("flat"))
     with pytest.raises(ValueError, match="method='hutch'"):
