@@ -22,12 +22,18 @@ BREAKDOWN = 10
 SLACK = 100
 """Roundings of T by which an eigenvalue may lie beyond a bound that is kept."""
 
+WEAK = 1e-3
+"""The largest coupling, in units of T, with which a single step says anything of the next."""
+
+TINY = 1e-280
+"""What T is moved by where it is zero, so that nothing is divided by zero."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tridiagonals:
     """What c Lanczos runs leave.
 
-    A run that met an invariant subspace after `length` < m steps is padded: off-diagonal zeros
+    A run that met an invariant subspace after fewer than m steps is padded: off-diagonal zeros
     separate the padding, whose diagonal lies in the range of A, so it has no weight in any rule.
 
     Attributes:
@@ -35,7 +41,6 @@ class Tridiagonals:
         off: The off-diagonals, not negative; float64, shape (c, m - 1).
         coupling: What would couple the next step, zero where the space is invariant, so that
             T is all that u sees of A; float64, shape (c,).
-        length: Steps before breakdown; shape (c,).
         square: u'u of the starts as given, by which rules of unit mass are multiplied; (c,).
         rounding: Relative rounding of the products.
     """
@@ -43,7 +48,6 @@ class Tridiagonals:
     diagonal: Tensor
     off: Tensor
     coupling: Tensor
-    length: Tensor
     square: Tensor
     rounding: float
 
@@ -110,7 +114,6 @@ def tridiagonalize(
     alphas, betas = (torch.zeros(m, c, dtype=torch.float64, device=q.device) for _ in range(2))
     beta, scale = torch.zeros_like(square), torch.zeros_like(square)
     running = torch.ones_like(square, dtype=torch.bool)
-    length = torch.zeros(c, dtype=torch.int64, device=q.device)
     for j in range(m):
         w.copy_(multiply(operator, q.to(dtype), None))
         update_rows(w, previous, step=-beta)
@@ -121,7 +124,6 @@ def tridiagonalize(
             _orthogonalize(w, basis[:, : j + 1])
             beta = row_norms(w)
         alphas[j] = torch.where(running, alpha, alphas[0])
-        length += running
         scale = torch.fmax(scale, alpha.abs() + beta)
         running = running & ~(beta <= BREAKDOWN * eps * scale)
         beta = torch.where(running, beta, 0.0)
@@ -136,7 +138,7 @@ def tridiagonalize(
         previous, q, w = q, w, previous
         q.mul_(_column(torch.where(running, 1 / beta, 0.0), q))
     rounding = torch.finfo(dtype).eps
-    return Tridiagonals(alphas.mT, betas[:-1].mT, betas[-1], length, square, rounding)
+    return Tridiagonals(alphas.mT, betas[:-1].mT, betas[-1], square, rounding)
 
 
 def gauss(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +186,7 @@ def gauss_radau(
     known, links = diagonal[..., :-1], off[..., :-1]
     ritz = torch.linalg.eigvalsh(_dense(known, links)).to(diagonal.device)
     # As large as |T| at least, and the node's own size, to which T - node is rounded.
-    scale = torch.fmax(ritz.abs().amax(-1), off.abs().amax(-1)).clamp(min=abs(node))
+    scale = torch.fmax(ritz.abs().amax(-1), off.abs().amax(-1)).clamp(min=max(abs(node), TINY))
     slack = SLACK * rounding * scale
     above, below = ritz[..., 0] >= node - slack, ritz[..., -1] <= node + slack
     if not bool((above | below).all()):
@@ -222,14 +224,16 @@ def bracket(
 
     Without it the value is that of the Gauss rule, and the error its difference from the rule of
     half the steps, an estimate that is too large where the rule converges; zero where the Krylov
-    space is invariant.
+    space is invariant. One step has no half. Where its coupling is known and weak, the error is
+    that of the rule with a second step like the first, and else infinite.
 
     Args:
         diagonal: Of T; shape (..., m).
         off: Its off-diagonal; shape (..., m - 1).
         function: f, entry by entry on float64 tensors.
         lower: A lower bound of the spectrum.
-        coupling: The next off-diagonal; shape (...). It gives the Radau rule one node more.
+        coupling: The next off-diagonal; shape (...). It gives the Radau rule one node more, whose
+            weight vanishes with it. Twice the right one still gives a bound, a wider one.
         rounding: Relative rounding of T.
 
     Returns:
@@ -245,7 +249,9 @@ def bracket(
 
     value = integral(*gauss(diagonal, off))
     if lower is None:
-        half = max(1, diagonal.shape[-1] // 2)
+        if diagonal.shape[-1] == 1:
+            return value, _error_of_one_step(diagonal[..., 0], value, coupling, function)
+        half = diagonal.shape[-1] // 2
         error = (value - integral(*gauss(diagonal[..., :half], off[..., : half - 1]))).abs()
         return value, error if coupling is None else torch.where(coupling == 0, 0.0, error)
     if coupling is not None:
@@ -274,6 +280,18 @@ def values_on(nodes: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
             "`lower`: add damping to the operator, or give a function that is defined there."
         )
     return values.double()
+
+
+def _error_of_one_step(
+    node: Tensor, value: Tensor, coupling: Tensor | None, function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What a second step with the same diagonal would change f(node) by, if that is little."""
+    if coupling is None:
+        return torch.full_like(value, torch.inf)
+    most = WEAK * node.abs()
+    near = torch.fmin(coupling, most)
+    change = (values_on(node + near, function) + values_on(node - near, function)) / 2 - value
+    return torch.where(coupling <= most, change.abs(), torch.inf)
 
 
 def _orthogonalize(w: Tensor, basis: Tensor) -> None:

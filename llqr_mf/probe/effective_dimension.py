@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from .spectral_sum import lanczos_runs
 
 def effective_dimension(
     A: Probeable,
-    damping: float | Sequence[float] | None = None,
+    damping: float | Sequence[float] | Tensor | np.ndarray | None = None,
     *,
     vectors: int = 10,
     steps: int = 30,
@@ -44,10 +44,13 @@ def effective_dimension(
     the Gauss-Radau rule with a node at l = 0: `bias_bound`. Rounding of the products comes on top,
     up to n eps |C| / c in all. Products: vectors * steps, for any number of dampings.
 
+    Where one eigenvalue outweighs the rest, intervals of few vectors are optimistic; see
+    `spectral_sum`.
+
     Args:
         A: A symmetric positive-semidefinite operator or matrix C, or a problem with one.
-        damping: c > 0, or several, which give an estimate of as many numbers. None takes the
-            problem's own.
+        damping: c > 0, or several in a sequence, a tensor or an array of one axis, which give an
+            estimate of as many numbers. None takes the problem's own.
         vectors: Random vectors.
         steps: Lanczos steps for each.
         probes: Their distribution.
@@ -55,7 +58,7 @@ def effective_dimension(
         reorthogonalize: Whether the Lanczos vectors are kept orthogonal, and in memory.
         columns: Vectors in memory at a time.
         progress: Show a progress bar.
-        checkpoint: A file to go on from; see `spectral_sum`.
+        checkpoint: A folder to go on from; see `spectral_sum`.
 
     Returns:
         The effective dimension, from 0 to n; float64, shape () or (dampings,).
@@ -77,8 +80,8 @@ def effective_dimension(
         if not isinstance(A, LQRProblem | StreamedProblem):
             raise ValueError("damping is missing: an operator does not say what it is.")
         damping = shift
-    listed = list(damping) if isinstance(damping, Sequence) else [float(damping)]
-    if not listed or not all(c > 0 and math.isfinite(c) for c in listed):
+    given = torch.as_tensor(damping, dtype=torch.float64, device="cpu")
+    if given.ndim > 1 or given.numel() == 0 or not bool(((given > 0) & given.isfinite()).all()):
         raise ValueError(f"damping is {damping}: give a positive number, or several.")
     runs, probed = lanczos_runs(
         A,
@@ -95,9 +98,9 @@ def effective_dimension(
     def share(c: float) -> tuple[Tensor, Tensor]:
         return runs.form(lambda h: (h - shift) / (h - shift + c), lower=shift)
 
-    samples, errors = zip(*(share(c) for c in listed), strict=True)
+    samples, errors = zip(*(share(c) for c in given.flatten().tolist()), strict=True)
     values, bias = torch.stack(samples, -1), torch.stack(errors, -1).mean(0)
-    alone = not isinstance(damping, Sequence)
+    alone = given.ndim == 0
     return mean_estimate(
         values[:, 0] if alone else values,
         products=probed.products,

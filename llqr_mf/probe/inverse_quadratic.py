@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from linear_operator import LinearOperator
 from torch import Tensor
@@ -13,12 +11,9 @@ from ..solvers.cg import CGResult, cg
 from ..solvers.dots import row_dots
 from ..solvers.product import RowProduct, multiply
 from ..solvers.quadrature import SLACK, bracket, gauss
-from ..solvers.status import Code
+from .checks import check_definite, check_lower, check_rtol
 from .estimate import Estimate
 from .probed import Probeable, symmetric_operator
-
-NO_VALUE = (Code.NEGATIVE_CURVATURE, Code.INDEFINITE, Code.NOT_FINITE)
-"""How a CG ends whose coefficients say nothing."""
 
 
 @torch.no_grad()
@@ -63,7 +58,8 @@ def inverse_quadratic(
         vectors.
 
     Raises:
-        ValueError: A is not positive definite along b's Krylov space, or an argument does not fit.
+        ValueError: A is not positive definite along b's Krylov space, `lower` is seen to be no
+            lower bound, or an argument does not fit.
     """
     check_lower(lower)
     check_rtol(rtol)
@@ -84,6 +80,8 @@ def inverse_quadratic(
     r = rows - apply_rows(operator, x.contiguous())
     below = row_dots(rows, x) + row_dots(x, r)
     if lower is not None:
+        quotients = (row_dots(rows, x) - row_dots(x, r)) / row_dots(x, x)
+        _check_bound(lower, quotients, solved, b.dtype, plain=preconditioner is None)
         gap = row_dots(r, r) / lower
         if preconditioner is None and b.dtype == torch.float64:
             square = row_dots(rows, rows)
@@ -104,22 +102,30 @@ def inverse_quadratic(
     )
 
 
-def check_lower(lower: float | None) -> None:
-    """Raises a ValueError for a bound of a positive-definite spectrum that is not positive."""
-    if lower is not None and not (lower > 0 and math.isfinite(lower)):
-        raise ValueError(f"lower is {lower}: give a positive bound of the spectrum, or None.")
+def _check_bound(
+    lower: float, quotients: Tensor, solved: CGResult, dtype: torch.dtype, *, plain: bool
+) -> None:
+    """Refuses a `lower` that is above an eigenvalue, as the solution or a Ritz value shows.
 
-
-def check_rtol(rtol: float) -> None:
-    """Raises a ValueError for a tolerance with which CG would not set out."""
-    if not 0 <= rtol < 1:
-        raise ValueError(f"rtol is {rtol}: give a number from 0 to less than 1.")
-
-
-def check_definite(solved: CGResult) -> None:
-    """Raises a ValueError where CG has met what is not positive definite, or not finite."""
-    if any(code in NO_VALUE for code in solved.codes):
-        raise ValueError(f"this needs a positive-definite operator: {solved.status}")
+    Args:
+        lower: The bound.
+        quotients: x'Ax / x'x, NaN of a zero b.
+        solved: Without preconditioner its Ritz values are those of A.
+        dtype: Of the products.
+        plain: Whether there was no preconditioner.
+    """
+    met = quotients[quotients.isfinite()]
+    if plain:
+        made = [solved.tridiagonal(j) for j in range(len(quotients))]
+        met = torch.cat([met, *(gauss(*own)[0] for own in made if len(own[0]))])
+    if len(met) == 0:
+        return
+    least, most = float(met.min()), float(met.max())
+    if least < lower - SLACK * torch.finfo(dtype).eps * max(most, lower):
+        raise ValueError(
+            f"lower={lower:.6g} is no bound of the spectrum: A has an eigenvalue of at most "
+            f"{least:.6g}. Give a lower one, or None."
+        )
 
 
 def _times(preconditioner: RowProduct | None, r: Tensor) -> Tensor:

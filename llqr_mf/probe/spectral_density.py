@@ -307,7 +307,7 @@ def spectral_density(
             eigenvalues that have converged come more than once, their weight shared.
         columns: Vectors in memory at a time.
         progress: Show a progress bar.
-        checkpoint: A file to go on from; see `spectral_sum`.
+        checkpoint: A folder to go on from; see `spectral_sum`.
 
     Returns:
         Nodes and weights on the CPU, from which curves and bands are made.

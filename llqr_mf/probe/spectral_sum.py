@@ -38,6 +38,10 @@ def spectral_sum(
     errors: one of the random vectors, the standard error, and one of the quadrature,
     `bias_bound`. What they are in exact arithmetic: rounding adds about n eps |A| |f'|.
 
+    Intervals take the samples for normal. Where one eigenvalue outweighs the rest in f, they are
+    skewed, and an interval of few vectors is optimistic: one of 95 % held the value for 0.84 of
+    seeds with 4 vectors, 0.90 with 10 and with 30.
+
     With `lower` the quadrature error is a bound, by the Gauss and the Gauss-Radau rule: it holds
     where all eigenvalues are at least `lower` and, on [lower, inf), the even derivatives of f have
     one sign and the odd ones the other, as those of log(x + c), 1 / (x + c), x / (x + c), x^p with
@@ -58,7 +62,7 @@ def spectral_sum(
         reorthogonalize: Whether the Lanczos vectors are kept orthogonal, and in memory.
         columns: Vectors in memory at a time; None takes as many as pay.
         progress: Show a progress bar.
-        checkpoint: A file to go on from. It holds the tridiagonal matrices, which serve other
+        checkpoint: A folder to go on from. It holds the tridiagonal matrices, which serve other
             functions, `spectral_density` and `effective_dimension` with the same options too.
 
     Returns:
@@ -128,8 +132,8 @@ def lanczos_runs(
 
     def run(rows: Tensor) -> tuple[Tensor, ...]:
         made = tridiagonalize(probed.times, rows, steps, reorthogonalize=reorthogonalize)
-        return made.diagonal, made.off, made.coupling, made.length, made.square
+        return made.diagonal, made.off, made.coupling, made.square
 
-    diagonal, off, coupling, length, square = probed.map(vectors, run, name="Lanczos runs")
+    diagonal, off, coupling, square = probed.map(vectors, run, name="Lanczos runs")
     rounding = torch.finfo(probed.proto.dtype).eps
-    return Tridiagonals(diagonal, off, coupling, length, square, rounding), probed
+    return Tridiagonals(diagonal, off, coupling, square, rounding), probed

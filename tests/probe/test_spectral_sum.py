@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from linear_operator.operators import DiagLinearOperator
@@ -256,6 +257,30 @@ def test_effective_dimension_of_a_problem() -> None:
     trace = torch.linalg.inv(problem.hessian.to_dense()).trace()
     default = effective_dimension(problem, vectors=40, steps=20)
     assert abs(problem.size - 0.02 * trace - float(default)) < 5 * float(default.standard_error)
+
+
+def test_a_zero_operator() -> None:
+    zero = torch.zeros(N, N, dtype=F64)
+    made = effective_dimension(zero, [0.1, 2.0])
+    assert made.value.tolist() == [0, 0] and torch.as_tensor(made.bias_bound).tolist() == [0, 0]
+    for lower in (None, 0.0):
+        assert float(spectral_sum(zero, torch.sqrt, lower=lower)) == 0
+        one = spectral_sum(zero, lambda x: (x + 3).log(), lower=lower)
+        assert float(one) == pytest.approx(N * math.log(3), rel=1e-12) and one.bias_bound == 0
+
+
+def test_dampings_as_tensors_and_arrays() -> None:
+    a = with_spectrum(POSITIVE)
+    wanted = effective_dimension(a, [0.5, 2.0], vectors=3)
+    doubles = np.array([0.5, 2.0])
+    for dampings in (doubles, torch.tensor([0.5, 2.0]), torch.from_numpy(doubles), (0.5, 2.0)):
+        assert torch.equal(effective_dimension(a, dampings, vectors=3).value, wanted.value)
+    for damping in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        made = effective_dimension(a, damping, vectors=3)
+        assert made.value.shape == () and made.value == wanted.value[0]
+    for wrong in (torch.ones(2, 2), torch.tensor([1.0, -1.0]), np.array([math.nan]), np.zeros(0)):
+        with pytest.raises(ValueError, match="damping is"):
+            effective_dimension(a, wrong)
 
 
 def test_bad_input() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from linear_operator.operators import DiagLinearOperator
@@ -124,8 +126,8 @@ def test_breakdown_is_relative_and_by_start(reorthogonalize: bool, scale: float)
     rows[3, 5:7] = 1.0
     a = values.diag()
     made = run(a, rows, 6, reorthogonalize=reorthogonalize)
-    assert made.length.tolist() == [1, 3, 6, 2]
     assert (made.coupling == 0).tolist() == [True, True, False, True]
+    assert [int((own != 0).sum()) for own in made.off] == [0, 2, 5, 1]
     assert bool(made.diagonal.isfinite().all())
     for f in (torch.log, lambda x: x):
         value, error = made.form(f)
@@ -140,10 +142,13 @@ def test_all_starts_break_down() -> None:
     rows = torch.eye(5, dtype=F64)[:2]
     times = CountedProduct(lambda v: v * torch.arange(5.0, dtype=F64))
     made = tridiagonalize(times, rows.clone(), 4)
-    assert times.vectors == 2 and made.length.tolist() == [1, 1]
+    assert times.vectors == 2 and bool((made.coupling == 0).all())
     torch.testing.assert_close(made.form(lambda x: x)[0], torch.tensor([0.0, 1.0], dtype=F64))
     zero = tridiagonalize(lambda v: 0 * v, rows.clone(), 4)
-    assert zero.length.tolist() == [1, 1] and bool((zero.diagonal == 0).all())
+    assert bool((zero.coupling == 0).all()) and bool((zero.diagonal == 0).all())
+    for lower in (None, 0.0):
+        value, error = zero.form(torch.sqrt, lower=lower)
+        assert value.tolist() == error.tolist() == [0, 0]
 
 
 # ---- Gauss-Radau
@@ -224,6 +229,37 @@ def test_a_radau_node_without_coupling() -> None:
         assert abs(value * made.square[0] - exact) <= error * made.square[0]
 
 
+@pytest.mark.parametrize("name", POSITIVE)
+def test_a_coupling_says_how_much_is_left(name: str) -> None:
+    """Zero leaves nothing, twice the right one a bound, and an unknown one the most."""
+    values = SPECTRA[name]
+    a, rows = with_spectrum(values), normal(1, 40, seed=4)
+    exact, lower = forms(a, rows, torch.log)[0], float(values.min()) / 2
+    for steps in (1, 2, 5):
+        made = run(a, rows, steps)
+        t, square = (made.diagonal[0], made.off[0]), made.square[0]
+        before = -1.0
+        for factor in (0.0, 1.0, 2.0):
+            coupling = factor * made.coupling[0]
+            value, error = bracket(*t, torch.log, lower=lower, coupling=coupling)
+            assert error > before or factor == 0
+            if factor == 0:
+                assert error < 1e-10
+            else:
+                assert abs(value * square - exact) <= error * square * (1 + 1e-9)
+            before = float(error)
+        assert before < bracket(*t, torch.log, lower=lower)[1] * (1 + 1e-9)
+
+
+def test_one_step_alone_claims_nothing() -> None:
+    one, none = torch.tensor([2.0], dtype=F64), torch.zeros(0, dtype=F64)
+    assert bracket(one, none, torch.log)[1] == torch.inf
+    for coupling, error in ((1.0, math.inf), (1e-2, math.inf), (1e-4, 1.25e-9), (0.0, 0.0)):
+        made = bracket(one, none, torch.log, coupling=torch.tensor(coupling, dtype=F64))
+        # f'' c^2 / 2 = (c / 2)^2 / 2.
+        assert made[0] == math.log(2) and float(made[1]) == pytest.approx(error, rel=1e-4)
+
+
 def test_a_bound_inside_the_spectrum_is_refused() -> None:
     values = SPECTRA["even"]
     made = run(with_spectrum(values), normal(2, 40), 10)
@@ -252,7 +288,7 @@ def test_narrow_products(dtype: torch.dtype, reorthogonalize: bool) -> None:
 
 def test_a_function_that_gives_back_what_it_got_or_its_own_buffer() -> None:
     same = tridiagonalize(lambda v: v, normal(2, 5), 3)
-    assert same.length.tolist() == [1, 1] and same.diagonal[0, 0] == pytest.approx(1)
+    assert bool((same.coupling == 0).all()) and same.diagonal[0, 0] == pytest.approx(1)
     a, buffer = with_spectrum(SPECTRA["log"]), torch.empty(2, 40, dtype=F64)
     rows = normal(2, 40)
     own = tridiagonalize(lambda v: torch.mm(v, a, out=buffer), rows.clone(), 6)
@@ -324,5 +360,5 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="entry by entry"):
         values_on(torch.ones(3, dtype=F64), torch.sum)
     columns = from_function(lambda v: v[:3], 40, dtype=F64)
-    with pytest.raises(ValueError, match=r"must map \(k, n\)"):
+    with pytest.raises(ValueError, match=r"must map \(n,\)"):
         tridiagonalize(columns, normal(2, 40), 3)
