@@ -293,9 +293,9 @@ def test_xdiag_holds_one_and_a_half_vectors_per_product(products: int) -> None:
     operator = from_function(lambda rows: rows * d, n, rows=True)
     with LiveBytes() as memory:
         diagonal(operator, method="xdiag", products=products, columns=2)
-    # 3 m float32 vectors, m = products / 2, and two float64 results. Pieces are of a megabyte,
-    # vectors of 16.
-    assert memory.peak / (4 * n) <= 1.5 * products + 4 + 1
+    # 3 m float32 vectors, m = products / 2, and two float64 results. Vectors are of 16 megabytes,
+    # and of pieces of one for every thread there are a few.
+    assert memory.peak / (4 * n) <= 1.5 * products + 4 + 1 + torch.get_num_threads() / 4
 
 
 def test_bad_input() -> None:
