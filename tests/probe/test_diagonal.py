@@ -7,6 +7,7 @@ import torch
 from llqr_mf.operators.from_function import from_function
 from memory import LiveBytes
 from networks import ZOO
+from spectra import F64, KINDS, SIZE, matrix, spectrum
 from torch import Tensor
 
 import llqr_mf as lq
@@ -14,28 +15,7 @@ from llqr_mf.probe.diagonal import diagonal
 from llqr_mf.probe.draws import draw
 from llqr_mf.probe.trace import trace
 
-F64 = torch.float64
-KINDS = ("rademacher", "gaussian", "spherical")
 METHODS = ("hutchinson", "xdiag")
-SIZE = 60
-
-
-def spectrum(name: str, n: int = SIZE) -> Tensor:
-    i = torch.arange(n, dtype=F64)
-    return {
-        "flat": 1 + i / (2 * n),
-        "exponential": 0.8**i,
-        "polynomial": (1 + i) ** -1.5,
-        "indefinite": (-0.85) ** i,
-    }[name]
-
-
-def matrix(values: Tensor, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    n = len(values)
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=generator))
-    A = (q * values) @ q.mT
-    return (A + A.mT) / 2
 
 
 def runs(A, seeds: int, **options) -> tuple[Tensor, Tensor]:

@@ -7,27 +7,21 @@ import torch
 from llqr_mf.operators.from_function import from_function
 from memory import LiveBytes
 from networks import ZOO
+from spectra import F64, KINDS, SIZE, matrix
 from torch import Tensor
 
 import llqr_mf as lq
 from llqr_mf.probe.frobenius import frobenius_norm
 
-F64 = torch.float64
-KINDS = ("rademacher", "gaussian", "spherical")
-SIZE = 60
 
-
-def matrix(ratio: float, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, dtype=F64, generator=generator))
-    A = (q * ratio ** torch.arange(SIZE, dtype=F64)) @ q.mT
-    return (A + A.mT) / 2
+def powers(ratio: float) -> Tensor:
+    return matrix(ratio ** torch.arange(SIZE, dtype=F64))
 
 
 @pytest.mark.parametrize("probes", KINDS)
 @pytest.mark.parametrize("ratio", [-0.98, 0.8])
 def test_the_square_is_unbiased_and_the_bias_of_the_root_is_known(ratio, probes) -> None:
-    A, products = matrix(ratio), 40
+    A, products = powers(ratio), 40
     found = [frobenius_norm(A, products=products, probes=probes, seed=s) for s in range(400)]
     values = torch.stack([e.value for e in found])
     true = float(A.norm())
@@ -48,7 +42,7 @@ def test_the_square_is_unbiased_and_the_bias_of_the_root_is_known(ratio, probes)
 
 
 def test_the_variance_in_closed_form() -> None:
-    A, products = matrix(0.9), 30
+    A, products = powers(0.9), 30
     values = torch.stack([frobenius_norm(A, products=products, seed=s).value for s in range(400)])
     B = A @ A
     variance = 2 * float(B.square().sum() - B.diagonal().square().sum()) / products
@@ -57,7 +51,7 @@ def test_the_variance_in_closed_form() -> None:
 
 
 def test_exact_where_it_should_be() -> None:
-    A = matrix(-0.9)
+    A = powers(-0.9)
     found = frobenius_norm(A, products=SIZE, columns=7)
     assert float(found) == pytest.approx(float(A.norm()), rel=1e-13)
     assert float(found.standard_error) == 0 and found.method == "exact"
@@ -82,7 +76,7 @@ def test_hessians_of_networks(metric: str) -> None:
 
 
 def test_seeds_columns_and_resuming(tmp_path) -> None:
-    A, left = matrix(0.9), [10**6]
+    A, left = powers(0.9), [10**6]
 
     def product(rows: Tensor) -> Tensor:
         left[0] -= 1
@@ -108,7 +102,7 @@ def test_seeds_columns_and_resuming(tmp_path) -> None:
 
 
 def test_float32() -> None:
-    A = matrix(0.8)
+    A = powers(0.8)
     wide, narrow = frobenius_norm(A, products=20), frobenius_norm(A.float(), products=20)
     assert narrow.value.dtype == F64
     assert float(narrow) == pytest.approx(float(wide), rel=1e-5)
@@ -127,7 +121,7 @@ def test_memory_at_four_million() -> None:
 
 
 def test_bad_input() -> None:
-    A = matrix(0.9)
+    A = powers(0.9)
     with pytest.raises(ValueError, match="products=1 is too few for frobenius_norm"):
         frobenius_norm(A, products=1)
     with pytest.raises(ValueError, match="probes='normal'"):
@@ -140,7 +134,7 @@ def test_curvlinops_agrees() -> None:
     pytest.importorskip("curvlinops")
     from curvlinops import hutchinson_squared_fro
 
-    A = matrix(0.8)
+    A = powers(0.8)
     ours = torch.stack([frobenius_norm(A, products=20, seed=s).value.square() for s in range(100)])
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from llqr_mf.operators.from_function import from_function
 from memory import LiveBytes
 from networks import ZOO
+from spectra import F64, KINDS, SIZE, matrix, spectrum
 from torch import Tensor
 
 import llqr_mf as lq
@@ -16,29 +17,6 @@ from llqr_mf.probe.draws import draw
 from llqr_mf.probe.trace import METHODS, trace
 from llqr_mf.probe.xnystrace import _estimates as nystrom_estimates
 from llqr_mf.probe.xtrace import directions_left_out, exchangeable_error
-
-F64 = torch.float64
-KINDS = ("rademacher", "gaussian", "spherical")
-SIZE = 60
-
-
-def spectrum(name: str, n: int = SIZE) -> Tensor:
-    i = torch.arange(n, dtype=F64)
-    return {
-        "flat": 1 + i / (2 * n),
-        "exponential": 0.8**i,
-        "polynomial": (1 + i) ** -1.5,
-        "step": torch.where(i < 12, 1.0, 1e-3).to(F64),
-        "indefinite": (-0.85) ** i,
-    }[name]
-
-
-def matrix(values: Tensor, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    n = len(values)
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=generator))
-    A = (q * values) @ q.mT
-    return (A + A.mT) / 2
 
 
 def network(name: str, **options) -> lq.LQRProblem:
