@@ -238,7 +238,7 @@ class LQRProblem(LayerOperators):
             damped: Whether R is included.
 
         Raises:
-            ValueError: A pattern matches nothing, or R couples these parameters with others.
+            ValueError: A pattern matches nothing.
         """
         chosen = self.layout.select(rows)
         others = chosen if columns is None else self.layout.select(columns)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from .base import MatrixFreeOperator
+from .control_cost import ControlCost
 from .system import System
 
 
@@ -22,11 +24,9 @@ class HessianBlockOperator(MatrixFreeOperator):
         system: The linear-quadratic system.
         rows: Ids of the blocks of the result, in flat order.
         cols: Ids of the blocks of what is multiplied, in flat order.
-        damped: Whether R is included; it has no part in a block without common parameters.
+        damped: Whether R is included. An operator of R that reaches into both takes vectors of its
+            own length.
         columns: Columns per pass.
-
-    Raises:
-        ValueError: R is asked for, and one operator of it spans blocks inside and outside.
     """
 
     def __init__(
@@ -43,9 +43,8 @@ class HessianBlockOperator(MatrixFreeOperator):
         super().__init__(proto, columns=columns, system=system, rows=rows, cols=cols, damped=damped)
         self.system, self.rows, self.cols = system, rows, cols
         self.symmetric = rows == cols
-        common = [i for i in rows if i in cols] if damped else []
-        self._cost = system.control_cost.restrict(common) if common else None
-        self._common = common
+        self._shared = _shared(system.control_cost, rows, cols) if damped else ()
+        self._cost = system.control_cost.restrict(self._shared)
 
     def _sizes(self) -> tuple[int, int]:
         sizes = self.system.sizes
@@ -59,14 +58,27 @@ class HessianBlockOperator(MatrixFreeOperator):
 
     def _product(self, v: Tensor, columns: Sequence[int], rows: Sequence[int]) -> Tensor:
         product = self.system.block_product(v, columns, rows)
-        if self._cost is None:
+        if not self._shared:
             return product
-        if self.symmetric:
+        if columns == rows == self._shared:
             return self._cost.add_product(v, product, in_place=False)
+        given = dict(zip(columns, self._split(v, columns), strict=True))
         sizes = self.system.sizes
-        given = dict(zip(columns, v.split([sizes[i] for i in columns], dim=1), strict=True))
-        joined = torch.cat([given[i] for i in self._common], dim=1)
-        damped = self._cost.product(joined).split([sizes[i] for i in self._common], dim=1)
-        extra = dict(zip(self._common, damped, strict=True))
-        parts = zip(rows, product.split([sizes[i] for i in rows], dim=1), strict=True)
+        padded = [given[i] if i in given else v.new_zeros(len(v), sizes[i]) for i in self._shared]
+        damped = self._split(self._cost.product(torch.cat(padded, dim=1)), self._shared)
+        extra = dict(zip(self._shared, damped, strict=True))
+        parts = zip(rows, self._split(product, rows), strict=True)
         return torch.cat([p + extra[i] if i in extra else p for i, p in parts], dim=1)
+
+    def _split(self, v: Tensor, blocks: Sequence[int]) -> tuple[Tensor, ...]:
+        return v.split([self.system.sizes[i] for i in blocks], dim=1)
+
+
+def _shared(cost: ControlCost, rows: Sequence[int], cols: Sequence[int]) -> tuple[int, ...]:
+    """The blocks that R needs whole: those of both, and all of an operator that reaches both."""
+    needed = set(rows) & set(cols)
+    for members, value in cost.groups:
+        reaches = set(members) & set(rows) and set(members) & set(cols)
+        if isinstance(value, LinearOperator) and reaches:
+            needed |= set(members)
+    return tuple(sorted(needed))

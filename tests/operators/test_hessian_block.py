@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linear_operator.operators import DenseLinearOperator
 from memory import LiveBytes
 from networks import ZOO
 from torch import Tensor, nn
@@ -64,11 +65,29 @@ def test_an_operator_of_damping_stays_with_its_layer() -> None:
     problem = first.with_damping([root @ root.mT for root in roots])
     t = next(t for t, m in enumerate(sizes) if m)
     names = [problem.names[i] for i in problem.system.owned[t]]
-    places = problem.layout.places(problem.layout.select(names))
     dense = problem.hessian.to_dense()
-    assert close(problem.block(names).to_dense(), dense[places][:, places], dense)
-    with pytest.raises(ValueError, match="couples"):
-        problem.block(names[0])
+    assert agrees(problem, dense, names, names)
+    # A part of what the operator is on, and two parts of it.
+    assert agrees(problem, dense, names[:1], names[:1])
+    assert agrees(problem, dense, names[:1], names[1:])
+    assert agrees(problem, dense, names[:1], [problem.names[-1]])
+
+
+def test_one_operator_of_damping_on_everything() -> None:
+    problem = zoo_problem("mlp")
+    root = torch.randn(problem.size, problem.size, dtype=problem.dtype)
+    problem = problem.with_damping(DenseLinearOperator(root @ root.mT))
+    dense, names = problem.hessian.to_dense(), list(problem.names)
+    for rows, columns in ((names[:1], names[1:]), (names[:2], names[1:3]), (names, names[-1:])):
+        assert agrees(problem, dense, rows, columns)
+    assert agrees(problem, dense, names, names)
+
+
+def agrees(problem: lq.LQRProblem, dense: Tensor, rows: list[str], columns: list[str]) -> bool:
+    block = problem.block(rows, columns)
+    a, b = (problem.layout.places(problem.layout.select(names)) for names in (rows, columns))
+    part = dense[a][:, b]
+    return close(block.to_dense(), part, dense) and close(block.mT.to_dense(), part.mT, dense)
 
 
 def test_patterns() -> None:
