@@ -244,6 +244,10 @@ class LQRProblem(LayerOperators):
         others = chosen if columns is None else self.layout.select(columns)
         return self._block(chosen, others, damped=damped)
 
+    def curvature_block(self, rows: Sequence[int], columns: Sequence[int]) -> HessianBlockOperator:
+        """H_st without R, of parameters by number."""
+        return self._block(rows, columns, damped=False)
+
     def _block(
         self, rows: Sequence[int], columns: Sequence[int], *, damped: bool = True
     ) -> HessianBlockOperator:
@@ -311,8 +315,10 @@ class LQRProblem(LayerOperators):
         from .damping import control_cost
 
         names = None if self.origin is None else [layer.name for layer in self.origin.layers]
-        system = replace(self.system, control_cost=control_cost(damping, self.system, names))
-        return self._with_system(system)
+        return self._with_control_cost(control_cost(damping, self.system, names))
+
+    def _with_control_cost(self, cost: ControlCost) -> LQRProblem:
+        return self._with_system(replace(self.system, control_cost=cost))
 
     def _with_system(self, system: System) -> LQRProblem:
         """The same problem on another system; the gradient is kept if it is known."""

@@ -20,7 +20,7 @@ from .metrics import get_metric
 from .network import Layer
 from .network.checks import check_layers
 from .network.snapshot import Snapshot
-from .operators import ControlCostOperator
+from .operators import ControlCost, ControlCostOperator
 from .operators.base import MatrixFreeOperator
 from .problem import LQRProblem
 
@@ -142,22 +142,30 @@ class StreamedProblem:
     def block(self, names: str | Sequence[str], *, damped: bool = True) -> LinearOperator:
         """The part of H in some parameters, by name, as `LQRProblem.block`; symmetric."""
         chosen = self.layout.select(names)
-        block = self._block(chosen, chosen)
+        block = self.curvature_block(chosen, chosen)
         if not damped:
             return block
         cost = self.control_cost.restrict(chosen)
         return block + ControlCostOperator(self.gradient.new_empty(0), cost=cost)
 
-    def _block(self, rows: Sequence[int], columns: Sequence[int]) -> StreamedOperator:
-        """H_st without R."""
+    def curvature_block(self, rows: Sequence[int], columns: Sequence[int]) -> StreamedOperator:
+        """H_st without R, of parameters by number."""
         sizes = self.layout.sizes
         return StreamedOperator(
             self.gradient.new_empty(0),
             problem=self,
-            of=lambda problem: problem._block(rows, columns, damped=False),
+            of=lambda problem: problem.curvature_block(rows, columns),
             sizes=(sum(sizes[i] for i in rows), sum(sizes[i] for i in columns)),
             columns=self._columns,
         )
+
+    def _with_control_cost(self, cost: ControlCost) -> StreamedProblem:
+        """The same batches and gradient with another R."""
+        other = StreamedProblem.__new__(StreamedProblem)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("hessian", None)
+        other.control_cost = cost
+        return other
 
     def mean_of_products(
         self, of: Callable[[LQRProblem], MatrixFreeOperator], v: Tensor, *, transposed: bool

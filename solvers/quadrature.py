@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dots import row_dots, row_norms, update_rows
+from .krylov import per_row
 from .product import RowProduct, multiply
 
 BREAKDOWN = 10
@@ -108,7 +109,7 @@ def tridiagonalize(
     square = row_dots(q, q)
     if not bool(((square > 0) & square.isfinite()).all()):
         raise ValueError("a start is zero, or it or its square is not finite.")
-    q.mul_(_column(square.rsqrt(), q))
+    q.mul_(per_row(square.rsqrt(), q))
     previous, w = torch.zeros_like(q), torch.empty_like(q)
     basis = q.new_empty(c, m, n) if reorthogonalize else None
     alphas, betas = (torch.zeros(m, c, dtype=torch.float64, device=q.device) for _ in range(2))
@@ -136,7 +137,7 @@ def tridiagonalize(
             alphas[j + 1 :] = alphas[0]
             break
         previous, q, w = q, w, previous
-        q.mul_(_column(torch.where(running, 1 / beta, 0.0), q))
+        q.mul_(per_row(torch.where(running, 1 / beta, 0.0), q))
     rounding = torch.finfo(dtype).eps
     return Tridiagonals(alphas.mT, betas[:-1].mT, betas[-1], square, rounding)
 
@@ -305,7 +306,3 @@ def _dense(diagonal: Tensor, off: Tensor) -> Tensor:
     """T, on the CPU, where small eigenproblems are quickest."""
     diagonal, off = diagonal.double().cpu(), off.double().cpu()
     return diagonal.diag_embed() + off.diag_embed(1) + off.diag_embed(-1)
-
-
-def _column(factor: Tensor, block: Tensor) -> Tensor:
-    return factor.to(block.dtype).unsqueeze(-1)

@@ -150,8 +150,8 @@ def paired_gram(left: Side, right: Side) -> Tensor | None:
     """
     for problem in (left.problem, right.problem):
         check_current(problem)
-    damping = right.problem.system.control_cost.block_values
-    if damping is None or min(damping) <= 0 or not has_closed_form(left, right):
+    damping = closed_form_damping(left, right)
+    if damping is None:
         return None
     same = left is right
     total = right.problem.system.proto.new_zeros(
@@ -167,11 +167,13 @@ def paired_gram(left: Side, right: Side) -> Tensor | None:
     return total
 
 
-def has_closed_form(left: Side, right: Side) -> bool:
-    """Whether the samples of both batches are apart."""
-    return samples_are_apart(left.problem) and (
-        left.problem is right.problem or samples_are_apart(right.problem)
-    )
+def closed_form_damping(left: Side, right: Side) -> tuple[float, ...] | None:
+    """The second's R, where it is positive numbers and the samples of both batches are apart."""
+    damping = right.problem.system.control_cost.block_values
+    if damping is None or min(damping) <= 0 or not samples_are_apart(left.problem):
+        return None
+    same = left.problem is right.problem
+    return damping if same or samples_are_apart(right.problem) else None
 
 
 @torch.no_grad()
@@ -179,8 +181,8 @@ def output_blocks(problem: LQRProblem) -> Tensor | None:
     """K's diagonal blocks, the kernel of every sample with itself; (N, D, D) or None."""
     check_current(problem)
     side = Side.of_outputs(problem)
-    damping = problem.system.control_cost.block_values
-    if damping is None or min(damping) <= 0 or not has_closed_form(side, side):
+    damping = closed_form_damping(side, side)
+    if damping is None:
         return None
     width, samples = side.count, side.samples
     blocks = problem.system.proto.new_zeros(width, width, samples)
@@ -203,8 +205,8 @@ def output_squares(problem: LQRProblem) -> Tensor | None:
     """K's diagonal, (N D,), or None as `paired_gram`."""
     check_current(problem)
     side = Side.of_outputs(problem)
-    damping = problem.system.control_cost.block_values
-    if damping is None or min(damping) <= 0 or not has_closed_form(side, side):
+    damping = closed_form_damping(side, side)
+    if damping is None:
         return None
     squares = problem.system.proto.new_zeros(side.count, side.samples)
     for js in side.parts():

@@ -28,7 +28,6 @@ from .posterior import (
     Posterior,
     data_gram,
     has_gram,
-    with_control_cost,
 )
 from .predictive import Approximation, bernoulli_probabilities, class_probabilities
 
@@ -106,7 +105,7 @@ class Laplace:
         self._snapshot = Snapshot(tensors_of(self._layers[0].program.model))
         self.check()
         self._options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations}
-        damped = with_control_cost(problem, cost)
+        damped = problem._with_control_cost(cost)
         if isinstance(problem, StreamedProblem):
             if method == "dual":
                 raise ValueError(
@@ -184,7 +183,7 @@ class Laplace:
         other = Laplace.__new__(Laplace)
         other.__dict__.update(self.__dict__)
         other.noise, other.scale = noise, scale
-        damped = with_control_cost(self._given, cost)
+        damped = self._given._with_control_cost(cost)
         if not isinstance(old, DualPosterior):
             other.posterior = CGPosterior(damped, scale, **self._options)
             return other
@@ -329,8 +328,7 @@ class Laplace:
                 f"the network has {output_width(new)} outputs per sample at these inputs and had "
                 f"{self.likelihood.width} on the data: give inputs of the same shape."
             )
-        damped = with_control_cost(new, self.posterior.problem.control_cost)
-        assert isinstance(damped, LQRProblem)
+        damped = new._with_control_cost(self.posterior.problem.control_cost)
         with torch.no_grad():
             return damped, self.posterior.covariance(damped)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from ..gram import closed_form_gram
 from ..gram_matrix import GRAM_BY_PRODUCTS, gram_matrix
 from ..operators.apply import apply_rows
 from ..operators.base import MatrixFreeOperator
-from ..operators.control_cost import ControlCost
 from ..operators.output_curvature import OutputCurvature
 from ..operators.tangent import from_rows
 from ..output_sweep import factor_columns, required_factor, samples_are_apart
@@ -308,19 +306,6 @@ def cross_factor(data: LQRProblem, factor: OutputCurvature, new: LQRProblem) -> 
     for z in _unit_coordinates(factor, step=64):
         made.append(apply_rows(lazy, factor.factor(z)))
     return torch.cat(made)
-
-
-def with_control_cost(
-    problem: LQRProblem | StreamedProblem, cost: ControlCost
-) -> LQRProblem | StreamedProblem:
-    """The same problem, linearisation or batches shared, with another R."""
-    if isinstance(problem, LQRProblem):
-        return problem._with_system(replace(problem.system, control_cost=cost))
-    other = StreamedProblem.__new__(StreamedProblem)
-    other.__dict__.update(problem.__dict__)
-    other.__dict__.pop("hessian", None)
-    other.control_cost = cost
-    return other
 
 
 def sample_blocks(dense: Tensor, width: int) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from linear_operator import LinearOperator
 from torch import Tensor
 
 from ..fitting.report import plain_number
@@ -285,7 +284,7 @@ def _estimate(
     def squares(z: Tensor) -> tuple[Tensor]:
         made = torch.zeros(len(z), len(blocks), len(blocks), dtype=torch.float64)
         for t, (mine, place) in enumerate(zip(blocks, places, strict=True)):
-            column = _block_column(problem, every, mine)
+            column = problem.curvature_block(every, mine)
             parts = apply_rows(column, z[:, place]).split(sizes, dim=1)
             probed.times.vectors += len(z)
             made[:, :, t] = torch.stack([row_dots(p, p).cpu() for p in parts], dim=1)
@@ -294,15 +293,6 @@ def _estimate(
     (samples,) = probed.map(vectors, squares, name="cross_layer")
     samples = (samples + samples.mT) / 2
     return samples.mean(0), samples.std(0) / len(samples) ** 0.5
-
-
-def _block_column(
-    problem: Problem, rows: tuple[int, ...], columns: tuple[int, ...]
-) -> LinearOperator:
-    """H[rows, columns] without R."""
-    if isinstance(problem, StreamedProblem):
-        return problem._block(rows, columns)
-    return problem._block(rows, columns, damped=False)
 
 
 def _names(

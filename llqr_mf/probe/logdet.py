@@ -19,8 +19,8 @@ from ..solvers.status import MESSAGES, Code
 from .checks import check_definite, check_lower, check_positive, check_rtol
 from .draws import Kind
 from .estimate import Estimate, mean_estimate
-from .probed import Probeable, Probed, symmetric_operator
-from .spectral_sum import BASIS_ELEMENTS, lanczos_runs
+from .probed import Probeable, Probed
+from .spectral_sum import columns_that_fit, lanczos_runs
 
 Method: TypeAlias = Literal["cg", "lanczos"]
 
@@ -136,8 +136,7 @@ def logdet(
     root = None if M is None else inverse_root_of(M)
     taken_out = 0.0 if M is None else logdet_of(M)
     if columns is None:
-        size = symmetric_operator(A).shape[-1]
-        columns = max(1, min(vectors, BASIS_ELEMENTS // (CG_BLOCKS * size)))
+        columns = columns_that_fit(A, vectors, CG_BLOCKS)
     header = {
         "estimator": "log-determinant by CG",
         "rtol": rtol,

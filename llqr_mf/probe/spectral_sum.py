@@ -95,6 +95,12 @@ def spectral_sum(
     )
 
 
+def columns_that_fit(A: Probeable, vectors: int, blocks: int) -> int:
+    """Vectors in memory at a time, of which each takes `blocks` n numbers."""
+    size = symmetric_operator(A).shape[-1]
+    return max(1, min(vectors, BASIS_ELEMENTS // (blocks * size)))
+
+
 def lanczos_runs(
     A: Probeable,
     *,
@@ -117,8 +123,7 @@ def lanczos_runs(
     if steps < 2:
         raise ValueError(f"steps is {steps}: give at least 2.")
     if columns is None and reorthogonalize:
-        size = symmetric_operator(A).shape[-1]
-        columns = max(1, min(vectors, BASIS_ELEMENTS // ((steps + 4) * size)))
+        columns = columns_that_fit(A, vectors, steps + 4)
     header = {"estimator": "Lanczos", "steps": steps, "reorthogonalize": reorthogonalize}
     probed = Probed(
         A,

@@ -366,7 +366,7 @@ def test_memory() -> None:
 def test_memory_is_bounded_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 100_000
     operator = DiagLinearOperator(torch.linspace(1, 2, n, dtype=F64))
-    module = importlib.import_module("llqr_mf.probe.logdet")
+    module = importlib.import_module("llqr_mf.probe.spectral_sum")
     monkeypatch.setattr(module, "BASIS_ELEMENTS", 25 * n)
     for M in (None, DiagLinearOperator(torch.ones(n, dtype=F64))):
         with LiveBytes() as memory:
