@@ -181,7 +181,7 @@ class StreamedProblem:
         return total
 
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
-        self._weights.check_entries()
+        self._weights.check(thorough=True)
         count = 0
         for inputs, targets in self._passed():
             self._recognise(count, inputs, targets, first=check)

@@ -201,7 +201,7 @@ class Laplace:
         Raises:
             RuntimeError: With the name of what changed.
         """
-        self._snapshot.check_entries()
+        self._snapshot.check(thorough=True)
         if isinstance(self._given, LQRProblem):
             check_current(self._given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
-from .modes import STATEFUL
+from .modes import FAST_PATHS, LOCK, STATEFUL
 
 _SHARED_MEMORY = "it overwrites memory that a value read later shares"
 
@@ -60,8 +61,9 @@ class Program:
 
     @cached_property
     def stateful(self) -> bool:
-        """Whether a call may be, or hide, one of those that `modes.STATEFUL` names."""
-        return any(map(_may_be_stateful, self.graph.nodes))
+        """Whether a call may be, or hide, one that `modes.curvature_pass` has to watch for."""
+        fast = any(isinstance(module, FAST_PATHS) for module in self.model.modules())
+        return fast or any(map(_may_be_stateful, self.graph.nodes))
 
     def changed_mode(self) -> str | None:
         """The first module whose train or evaluation mode is no longer the traced one."""
@@ -72,12 +74,17 @@ class Program:
 
 
 class _Tracer(fx.Tracer):
-    """Records calls with the module they are in, and which module a failure was in."""
+    """Records calls with the module they are in, and which module a failure was in.
+
+    `torch.fx` patches `nn.Module` itself while it traces; modules that another thread calls
+    meanwhile run as ever.
+    """
 
     proxy_buffer_attributes = True
 
     def __init__(self, model: nn.Module, whole: dict[str, str]) -> None:
         super().__init__()
+        self.thread = threading.get_ident()
         self.whole = whole
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.names = {id(p): n for n, p in model.named_parameters()}
@@ -89,6 +96,8 @@ class _Tracer(fx.Tracer):
         self.failed: tuple[str, str] | None = None
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         path = self.paths.setdefault(id(m), f"{type(m).__name__}@{len(self.paths)}")
         self.stack.append(path)
         self.called.add(path)
@@ -117,7 +126,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if not isinstance(attr_val, Tensor):
+        if not isinstance(attr_val, Tensor) or threading.get_ident() != self.thread:
             return attr_val
         name = self._register(attr_val)
         if name not in parameter_proxy_cache:
@@ -164,7 +173,7 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
         twin = shared_copy(model)
         tracer = _Tracer(twin, whole)
         try:
-            with torch.enable_grad(), _autocast_off(), _functions_recorded():
+            with LOCK, torch.enable_grad(), _autocast_off(), _functions_recorded():
                 graph = tracer.trace(_with_arity(partial(run, twin), inputs))
             entangled = make_out_of_place(graph)
             if entangled is not None:
@@ -180,6 +189,8 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
                 ) from error
             whole[path] = reason
             continue
+        for node in graph.nodes:
+            node.meta["inert"] = _is_inert(node)
         return Program(
             graph=graph,
             tensors=tracer.tensors,
@@ -240,6 +251,11 @@ def _may_be_stateful(node: fx.Node) -> bool:
 
 def is_inert(node: fx.Node) -> bool:
     """Whether a call returns a shape, a number or another thing without a derivative."""
+    return bool(node.meta["inert"])
+
+
+def _is_inert(node: fx.Node) -> bool:
+    """The same, once it is known of the nodes before it."""
     if node.op in ("placeholder", "get_attr"):
         return False
     if node.op == "call_method" and node.target in _INERT_METHODS:
@@ -247,7 +263,7 @@ def is_inert(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in _INERT_ATTRIBUTES
     above = node.all_input_nodes
-    return bool(above) and all(is_inert(n) for n in above)
+    return bool(above) and all(map(is_inert, above))
 
 
 def _is_open(module: nn.Module) -> bool:
