@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from .damping import control_cost
+from .errors import StaleLayersError
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer
@@ -74,6 +75,7 @@ class StreamedProblem:
             )
         self._layers, self._batches, self._columns = layers, batches, columns
         self._marks: list[tuple[Mark, ...]] = []
+        self._passes = 0
         self._loss, self._metric = get_loss(loss), get_metric(metric)
         self._progress = progress
         check_layers(layers)
@@ -185,20 +187,33 @@ class StreamedProblem:
         count = 0
         for inputs, targets in self._passed():
             self._recognise(count, inputs, targets, first=check)
+            # In a later pass one batch shows whether the model is still the one that was split.
+            looks = check or count == self._passes % len(self._marks)
             count += 1
             with self._random.resumed():
-                problem = LQRProblem.from_network(
-                    self._layers,
-                    *(inputs, targets),
-                    loss=self._loss,
-                    metric=self._metric,
-                    damping=0.0,
-                    columns=self._columns,
-                    check=check,
-                )
+                problem = self._problem(inputs, targets, check=looks)
             yield problem, targets
+        self._passes += 1
         if count != len(self._marks):
             raise RuntimeError(f"{count} batches came, and {len(self._marks)} in the first pass.")
+
+    def _problem(self, inputs: Any, targets: Tensor, *, check: bool) -> LQRProblem:
+        try:
+            return LQRProblem.from_network(
+                self._layers,
+                *(inputs, targets),
+                loss=self._loss,
+                metric=self._metric,
+                damping=0.0,
+                columns=self._columns,
+                check=check,
+            )
+        except StaleLayersError as error:
+            if not self._passes:
+                raise
+            raise RuntimeError(
+                f"the model is no longer that of the first pass: make the problem again. {error}"
+            ) from error
 
     def _passed(self) -> Iterator[Batch]:
         """The batches, with random numbers that go on from one to the next."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import Unsaved
 from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
@@ -35,7 +36,7 @@ _INERT_ATTRIBUTES = {
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Unsaved):
     """A model's calls, in order.
 
     Args:
@@ -54,10 +55,34 @@ class Program:
     modes: dict[str, bool]
     whole: dict[str, str]
 
+    _remedy = (
+        "layers cannot be pickled or deep-copied: they belong to the model that was split. Call "
+        "split() on the copied or loaded model."
+    )
+
     @property
     def inputs(self) -> int:
         """How many inputs the model was traced with."""
         return sum(node.op == "placeholder" for node in self.graph.nodes)
+
+    def read(self) -> dict[str, Tensor]:
+        """The trainable parameters, and whatever else of the model the calls read, by name.
+
+        Modules that are one call run on copies of their buffers, which are not here.
+        """
+        now = dict(self.model.named_buffers(remove_duplicate=False))
+        now |= dict(self.model.named_parameters(remove_duplicate=False))
+        held = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        known = {id(tensor) for tensor in held.values()}
+        names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
+        for path, module in self.modules.items():
+            names += [f"{path}.{name}" if path else name for name, _ in module.named_parameters()]
+        for name in names:
+            tensor = now.get(name, self.tensors.get(name))
+            if tensor is not None and id(tensor) not in known:
+                known.add(id(tensor))
+                held[name] = tensor
+        return held
 
     @cached_property
     def stateful(self) -> bool:
@@ -214,7 +239,8 @@ def _functions_recorded() -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return cls.apply(*args, **kwargs)
 
-        call.__name__ = cls.__name__
+        call.__name__, call.__module__ = cls.__name__, cls.__module__
+        call.__dict__["keeps_inputs"] = True  # or says so by mark_dirty, which leaves refuse
         return symbols[0].tracer.create_proxy("call_function", call, args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
@@ -242,11 +268,15 @@ def required_inputs(model: nn.Module) -> int:
 
 
 def _may_be_stateful(node: fx.Node) -> bool:
+    return is_foreign(node) or (node.op == "call_function" and node.target in STATEFUL)
+
+
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a call runs code that is not torch's own function: a module, a user's function."""
     if node.op != "call_function":
         return node.op == "call_module"
     home = getattr(node.target, "__module__", None) or ""
-    known = home.split(".")[0] in ("torch", "_operator", "builtins", "math")
-    return not known or node.target in STATEFUL
+    return home.split(".")[0] not in ("torch", "_operator", "builtins", "math", "llqr_mf")
 
 
 def is_inert(node: fx.Node) -> bool:
