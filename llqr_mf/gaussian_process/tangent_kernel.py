@@ -13,7 +13,7 @@ from linear_operator import LinearOperator
 from torch import Tensor, nn
 
 from ..network import Layer
-from ..network.checks import ModelRun, close
+from ..network.checks import ModelRun, check_layers, close
 from ..network.kept_layers import KeptLayers
 from ..network.snapshot import Snapshot
 from ..operators.tangent import Tangent, from_rows, to_rows
@@ -255,6 +255,7 @@ class _Network:
         return x if self.input_shape is None else x.reshape(len(x), *self.input_shape)
 
     def _linearised(self, layers: Sequence[Layer], x: Tensor) -> LQRProblem:
+        check_layers(layers)
         check_deterministic(layers[0].program)
         return linearised(layers, x, damping=self.damping, columns=self.columns)
 

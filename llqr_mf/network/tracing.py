@@ -19,6 +19,7 @@ from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
 from .modes import FAST_PATHS, LOCK, STATEFUL
+from .plain import is_compiled
 
 _SHARED_MEMORY = "it overwrites memory that a value read later shares"
 
@@ -123,6 +124,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if is_compiled(m):
+            return m._orig_mod(*args, **kwargs)
         path = self.paths.setdefault(id(m), f"{type(m).__name__}@{len(self.paths)}")
         self.stack.append(path)
         self.called.add(path)
