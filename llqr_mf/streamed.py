@@ -102,6 +102,14 @@ class StreamedProblem:
         self.layout, self.owned = first.layout, first.system.owned
         self.control_cost = control_cost(damping, first.system, [layer.name for layer in layers])
 
+    def __repr__(self) -> str:
+        """What it is of, how large, and by which costs."""
+        return (
+            f"StreamedProblem(network of {len(self._layers)} layers, {len(self._marks)} batches, "
+            f"P={self.size}, {self.dtype} on {self.device}, R={self.control_cost}, "
+            f"loss={self._loss}, metric={self._metric})"
+        )
+
     @staticmethod
     def chunks(inputs: Any, targets: Tensor, size: int) -> list[Batch]:
         """One batch cut into batches of at most `size` samples."""

@@ -36,7 +36,7 @@ _INERT_ATTRIBUTES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program(Unsaved):
     """A model's calls, in order.
 
@@ -65,6 +65,12 @@ class Program(Unsaved):
     def inputs(self) -> int:
         """How many inputs the model was traced with."""
         return sum(node.op == "placeholder" for node in self.graph.nodes)
+
+    def __repr__(self) -> str:
+        """The model, how many calls there are, and which modules stayed whole."""
+        calls = sum(node.op.startswith("call") for node in self.graph.nodes)
+        whole = "".join(f", '{path or 'all'}' whole: {why}" for path, why in self.whole.items())
+        return f"Program({type(self.model).__name__}, {calls} calls{whole})"
 
     def read(self) -> dict[str, Tensor]:
         """The trainable parameters, and whatever else of the model the calls read, by name.
