@@ -41,13 +41,13 @@ def check_plain(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ValueError(
-                f"'{name}' is not initialised: run the model on a batch once, so that its lazy "
+                f"'{name}' is not initialized: run the model on a batch once, so that its lazy "
                 "modules know their sizes."
             )
         if hasattr(tensor, "placements") and hasattr(tensor, "full_tensor"):
             raise ValueError(
                 f"'{name}' is a DTensor, sharded by fully_shard or parallelize_module: only whole "
-                "tensors are linearised. Gather the weights into a plain copy of the model "
+                "tensors are linearized. Gather the weights into a plain copy of the model "
                 "(p.full_tensor()), and put the step back with distribute_tensor."
             )
         if tensor.is_meta:

@@ -95,7 +95,7 @@ def _flat(tensor: Tensor) -> Tensor:
     plain = tensor.detach()
     if plain.is_conj() or plain.is_neg():
         plain = plain.resolve_conj().resolve_neg()
-    order = sorted(range(plain.ndim), key=lambda d: -plain.stride(d))
+    order = sorted(range(plain.ndim), key=plain.stride, reverse=True)
     flat = plain.permute(order).reshape(-1)
     return flat if flat.storage_offset() * flat.element_size() % 8 == 0 else flat.clone()
 

@@ -97,8 +97,8 @@ def _split_list(
     items: Sequence[LayerSpec], example_inputs: Tensor | tuple[Tensor, ...] | None
 ) -> list[Layer]:
     chain = Chain.of(items)
-    for item in chain:
-        check_plain(item)
+    for module in chain:
+        check_plain(module)
     count = _count(example_inputs) or required_inputs(chain[0])
     sizes: list[int] = []
     program = trace(chain, lambda twin, *args: twin.run(*args, sizes=sizes), count)

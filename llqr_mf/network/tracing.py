@@ -79,7 +79,8 @@ class Program(Unsaved):
         """
         now = dict(self.model.named_buffers(remove_duplicate=False))
         now |= dict(self.model.named_parameters(remove_duplicate=False))
-        held = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        held: dict[str, Tensor] = {}
+        held |= {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         known = {id(tensor) for tensor in held.values()}
         names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
         for path, module in self.modules.items():
@@ -131,7 +132,7 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         if is_compiled(m):
-            return m._orig_mod(*args, **kwargs)
+            return m.get_submodule("_orig_mod")(*args, **kwargs)
         path = self.paths.setdefault(id(m), f"{type(m).__name__}@{len(self.paths)}")
         self.stack.append(path)
         self.called.add(path)

@@ -135,6 +135,7 @@ class Sharpness:
         inputs, targets, batches = self._data
         if batches is not None:
             return self._kept.use(lambda it: StreamedProblem(it, batches, **self._options))
+        assert targets is not None
         return self._kept.use(
             lambda it: LQRProblem.from_network(it, inputs, targets, **self._options)
         )
