@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-_PARALLEL = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-}
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+"""They spread a batch; torch's own classes, known by name because some need a build with them."""
+_GATHER = (
+    "only whole tensors are linearized. Gather the weights into a plain copy of the model "
+    "(p.full_tensor()), and put the step back with distribute_tensor."
+)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -24,7 +25,6 @@ def check_plain(model: nn.Module) -> None:
     Raises:
         ValueError: It does not; the message says what to pass in its place.
     """
-    kind = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a ScriptModule has no Python code to trace: split the original module.")
     if is_compiled(model):
@@ -33,11 +33,16 @@ def check_plain(model: nn.Module) -> None:
             "that torch.compile got (model._orig_mod). It shares the weights, and the compiled one "
             "can go on being trained."
         )
-    if kind in _PARALLEL:
-        raise ValueError(
-            f"model is a {kind}, which spreads a batch over devices or processes: give "
-            "the module inside, model.module."
-        )
+    for path, module in model.named_modules():
+        kinds = {base.__name__ for base in type(module).__mro__}
+        where = f"'{path}'" if path else "model"
+        if kinds & _PARALLEL:
+            raise ValueError(
+                f"{where} is a {type(module).__name__}, which spreads a batch over devices or "
+                "processes: give the module inside it (.module)."
+            )
+        if "FSDPModule" in kinds:
+            raise ValueError(f"{where} is sharded by fully_shard: {_GATHER}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ValueError(
@@ -46,9 +51,7 @@ def check_plain(model: nn.Module) -> None:
             )
         if hasattr(tensor, "placements") and hasattr(tensor, "full_tensor"):
             raise ValueError(
-                f"'{name}' is a DTensor, sharded by fully_shard or parallelize_module: only whole "
-                "tensors are linearized. Gather the weights into a plain copy of the model "
-                "(p.full_tensor()), and put the step back with distribute_tensor."
+                f"'{name}' is a DTensor, sharded by parallelize_module or fully_shard: {_GATHER}"
             )
         if tensor.is_meta:
             raise ValueError(

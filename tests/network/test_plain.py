@@ -35,14 +35,25 @@ class Sharded(nn.Module):
         return x @ self.weight.mT
 
 
+class FSDPModule:
+    """The class that fully_shard mixes into a module's own."""
+
+
+class FSDPLinear(FSDPModule, nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (lambda: torch.compile(mlp(), backend="eager"), r"give the module .*model\._orig_mod"),
-        (lambda: nn.DataParallel(mlp()), r"model is a DataParallel.* give the module .*module"),
+        (lambda: nn.DataParallel(mlp()), r"model is a DataParallel.* the module inside it \(\.module\)"),
         (scripted, "split the original module"),
         (lambda: nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 2)), "'0.weight' is not initialized"),
         (lambda: nn.Linear(4, 2, device="meta"), "'weight' is on the meta device"),
+        (lambda: nn.Sequential(nn.DataParallel(mlp())), "'0' is a DataParallel"),
+        (FSDPLinear, "model is sharded by fully_shard"),
         (Sharded, r"'weight' is a DTensor.*full_tensor"),
     ],
 )
