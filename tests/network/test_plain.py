@@ -48,7 +48,7 @@ class FSDPLinear(FSDPModule, nn.Linear):
     ("model", "message"),
     [
         (lambda: torch.compile(mlp(), backend="eager"), r"give the module .*model\._orig_mod"),
-        (lambda: nn.DataParallel(mlp()), r"model is a DataParallel.* the module inside it \(\.module\)"),
+        (lambda: nn.DataParallel(mlp()), "model is a DataParallel.* the module inside it"),
         (scripted, "split the original module"),
         (lambda: nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 2)), "'0.weight' is not initialized"),
         (lambda: nn.Linear(4, 2, device="meta"), "'weight' is on the meta device"),
