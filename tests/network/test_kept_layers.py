@@ -160,7 +160,7 @@ def test_layers_that_fail_where_the_model_does_not_are_stale():
     optimizers = [wrap(model), wrap(model, step="subspace")]
     for optimizer in optimizers:
         optimizer.refresh(X, Y)
-    with pytest.raises(ValueError, match="failed on this batch: .*$"):
+    with pytest.raises(ValueError, match=r"failed on this batch: .*$"):
         lq.LQRProblem.from_network(layers, x, Y, loss="cross_entropy")
     model.width = 7
     assert optimizers[0].refresh(x, Y)
