@@ -81,6 +81,7 @@ def network_problem(
         metric=the_metric,
         outputs=outputs,
         loss_value=the_loss.value(outputs, targets).detach(),
+        totals=the_loss.totals(outputs, targets),
         linearization=linearization,
     )
     return cls.__new__(cls)._assemble(

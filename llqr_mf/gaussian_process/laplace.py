@@ -145,10 +145,11 @@ class Laplace:
 
     def __repr__(self) -> str:
         noise = "" if self.noise is None else f", noise={self.noise:.4g}"
+        outputs = self.likelihood.width or "of every length"
         delta = self.prior_precision
         prior = f"{delta:.4g}" if isinstance(delta, float) else "by parameter"
         return (
-            f"Laplace(loss='{self.likelihood.loss_name}', outputs={self.likelihood.width}, "
+            f"Laplace(loss='{self.likelihood.loss_name}', outputs={outputs}, "
             f"weights={self.posterior.problem.size}, prior_precision={prior}{noise}, "
             f"method='{self.method}')"
         )
@@ -254,10 +255,14 @@ class Laplace:
             seed: Of those.
 
         Raises:
-            ValueError: The loss is "mse", or outputs have more than one position.
+            ValueError: The loss is "mse" or a function, or outputs have more than one position.
         """
         if self.likelihood.gaussian:
             raise ValueError("the loss is 'mse', which has no classes: use predict(inputs).")
+        if self.likelihood.function:
+            raise ValueError(
+                "the loss is a function, of whose classes nothing is known: use predict(inputs)."
+            )
         problem, covariance = self._predicted(inputs)
         assert problem.origin is not None
         mean = problem.origin.outputs
@@ -313,17 +318,15 @@ class Laplace:
         """Adds J'L e for every batch of the data."""
         problem = self.posterior.problem
         if isinstance(problem, LQRProblem):
-            _add_noise_of(problem, rows, 1.0, which, seed, 1)
+            _add_noise_of(problem, rows, which, seed, 1)
             return
-        for batch, (part, targets) in enumerate(problem._problems(check=False)):
-            assert part.origin is not None
-            weight = problem._metric.mass(problem._loss, part.origin.outputs, targets)
-            _add_noise_of(part, rows, weight / problem._mass, which, seed, batch + 1)
+        for batch, (part, _) in enumerate(problem._problems(check=False)):
+            _add_noise_of(part, rows, which, seed, batch + 1)
 
     def _predicted(self, inputs: Any) -> tuple[LQRProblem, Covariance]:
         self.check()
         new = linearised(self._layers, inputs, columns=self._given._columns)
-        if output_width(new) != self.likelihood.width:
+        if self.likelihood.width not in (output_width(new), None):
             raise ValueError(
                 f"the network has {output_width(new)} outputs per sample at these inputs and had "
                 f"{self.likelihood.width} on the data: give inputs of the same shape."
@@ -333,9 +336,7 @@ class Laplace:
             return damped, self.posterior.covariance(damped)
 
 
-def _add_noise_of(
-    problem: LQRProblem, rows: Tensor, weight: float, which: range, seed: int, batch: int
-) -> None:
+def _add_noise_of(problem: LQRProblem, rows: Tensor, which: range, seed: int, batch: int) -> None:
     factor = terminal_factor(problem)
     if not isinstance(factor, OutputCurvature) or factor.rank is None:
         raise ValueError(
@@ -348,4 +349,4 @@ def _add_noise_of(
     costate = factor.factor(noise.reshape(len(noise), factor.rank, factor.samples))
     system = problem.system
     shapes = system.state_shapes(system.horizon)
-    rows.add_(system.output_product_t(from_rows(costate, shapes), len(rows)), alpha=weight**0.5)
+    rows.add_(system.output_product_t(from_rows(costate, shapes), len(rows)))
