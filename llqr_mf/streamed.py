@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from .damping import control_cost
+from .from_network import flat_curvature, network_problem, warn_if_flat
 from .losses import get_loss
 from .losses.base import Totals
 from .losses.nothing import Nothing
@@ -25,6 +26,7 @@ from .network.checks import check_layers
 from .network.snapshot import Snapshot
 from .operators import ControlCost, ControlCostOperator
 from .operators.base import MatrixFreeOperator
+from .operators.output_curvature import at_least_float32
 from .problem import LQRProblem
 from .seeds import mixed
 
@@ -97,21 +99,25 @@ class StreamedProblem:
         self.output_shapes: set[torch.Size] = set()
         gradient: Tensor | None = None
         doubt: str | None = None
+        flat: list[str | None] = []
         for problem, targets in self._problems(check=True):
             assert problem.origin is not None
             outputs = problem.origin.outputs
             if gradient is None:
-                gradient = torch.zeros_like(problem.gradient)
+                dtype = problem.dtype
+                gradient = torch.zeros_like(problem.gradient, dtype=at_least_float32(dtype))
                 self.layout, self.owned = problem.layout, problem.system.owned
                 names = [layer.name for layer in layers]
                 self.control_cost = control_cost(damping, problem.system, names)
             part = problem.origin.totals
-            gradient.add_(problem.gradient, alpha=part.mass)
+            gradient.add_(problem.gradient.to(gradient.dtype), alpha=part.mass)
             value += part.mass * float(problem.origin.loss_value)
             self._parts.append(part)
             self.totals += part
             self.output_shapes.add(outputs.shape[1:])
             doubt = doubt or self._loss.not_a_mean(outputs, targets)
+            if part.mass:
+                flat.append(flat_curvature(problem.system))
         if gradient is None:
             raise ValueError("batches is empty: give at least one (inputs, targets).")
         if not self.totals.mass:
@@ -121,7 +127,9 @@ class StreamedProblem:
             )
         if doubt is not None and len(self._parts) > 1:
             raise ValueError(doubt)
-        self.gradient = gradient / self.totals.mass
+        if all(flat):
+            warn_if_flat(flat[0])
+        self.gradient = (gradient / self.totals.mass).to(dtype)
         self.loss_value = value / self.totals.mass
 
     @staticmethod
@@ -213,14 +221,16 @@ class StreamedProblem:
             if not check:
                 metric = Share.of(metric, self._parts[count], self.totals)
             with self._random.resumed(batch=count):
-                problem = LQRProblem.from_network(
-                    self._layers,
-                    *(inputs, targets),
+                problem = network_problem(
+                    LQRProblem,
+                    *(self._layers, inputs, targets),
                     loss=Nothing() if empty else self._loss,
                     metric=metric,
                     damping=0.0,
                     columns=self._columns,
                     check=check,
+                    checkpoint=False,
+                    may_be_flat=True,
                 )
             count += 1
             yield problem, targets

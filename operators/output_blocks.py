@@ -44,6 +44,8 @@ def positive_part(curvature: ClosureCurvature, what: str, *, clip: bool = True) 
         ValueError: It has entries that are NaN or infinite.
     """
     n, d = curvature.samples, curvature.width
+    if not bool(_product(curvature, _moves(curvature).unsqueeze(0), what).any()):
+        return _zero(curvature, what)
     if _couples(curvature, torch.arange(n).repeat_interleave(d), what):
         return _unfactored(curvature, f"{what} couples samples")
     if not _couples(curvature, torch.arange(d).repeat(n), what):
@@ -65,6 +67,20 @@ def positive_part(curvature: ClosureCurvature, what: str, *, clip: bool = True) 
     columns = vectors * (eigenvalues * kept).sqrt().unsqueeze(1)
     wide = at_least_float32(curvature.dtype)
     return OuterCurvature(curvature._proto, vectors=columns[:, :, d - rank :].to(wide))
+
+
+def _zero(curvature: ClosureCurvature, what: str) -> DiagonalCurvature:
+    h = _wide(curvature).new_zeros(()).expand(curvature.samples, curvature.width)
+    zero = DiagonalCurvature(curvature._proto, diagonal=h)
+    zero.flat = what
+    return zero
+
+
+def _moves(curvature: ClosureCurvature) -> Tensor:
+    """A vector of no pattern without zeros."""
+    n = curvature.samples * curvature.width
+    places = torch.arange(1, 1 + n, dtype=_wide(curvature).dtype, device=curvature.device)
+    return 1.5 + places.sin()
 
 
 def _unfactored(curvature: ClosureCurvature, reason: str) -> ClosureCurvature:
@@ -96,9 +112,7 @@ def _rounding(eigenvalues: Tensor, curvature: OutputCurvature) -> Tensor:
 
 def _couples(curvature: ClosureCurvature, numbers: Tensor, what: str) -> bool:
     """Whether the product couples entries of different numbers."""
-    numbers = numbers.to(curvature.device)
-    places = torch.arange(1, 1 + len(numbers), device=curvature.device)
-    moves = 1.5 + places.to(_wide(curvature).dtype).sin()
+    numbers, moves = numbers.to(curvature.device), _moves(curvature)
     for bit in range(int(numbers.max()).bit_length()):
         moved = (numbers >> bit) & 1 == 1
         answer = _product(curvature, (moves * moved).unsqueeze(0), what)[0].abs()

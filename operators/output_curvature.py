@@ -23,6 +23,7 @@ class OutputCurvature(MatrixFreeOperator):
         width: D.
         rank: r, the columns of each sample's factor; None where no factor is known.
         unfactored: Why there is none, where that was looked into.
+        flat: What it is, where it was found to be zero.
     """
 
     symmetric = True
@@ -31,6 +32,7 @@ class OutputCurvature(MatrixFreeOperator):
     width: int
     rank: int | None
     unfactored: str | None = None
+    flat: str | None = None
 
     def _sizes(self) -> tuple[int, int]:
         n = self.samples * self.width

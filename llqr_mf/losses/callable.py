@@ -15,7 +15,7 @@ from llqr_mf.operators.output_blocks import positive_part
 from llqr_mf.operators.output_curvature import OutputCurvature
 
 from .base import Loss
-from .checks import check_device, check_outputs, check_scalar, plain, warn_if_flat, widen
+from .checks import check_device, check_outputs, check_scalar, plain, widen
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,9 @@ class CallableLoss(Loss):
             raise ValueError(
                 f"loss {self.fn!r} is {float(value.detach())} on this batch: check the targets."
             )
-        if self.divisor is not None and not self.mass(outputs, targets) > 0:
-            raise ValueError(
-                f"divisor of the loss is {self.mass(outputs, targets)} on this batch: it must be "
-                "positive, so skip batches in which nothing counts."
-            )
+        mass = self.mass(outputs, targets)
+        if not (math.isfinite(mass) and mass >= 0):
+            raise ValueError(f"divisor of the loss is {mass} on this batch: return one >= 0.")
 
     def count(self, outputs: Tensor, targets: Tensor) -> int:
         """N."""
@@ -107,12 +105,12 @@ class CallableLoss(Loss):
         )
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What the function returns, on outputs in float32 or better."""
-        return self.fn(widen(outputs), targets)
+        """What the function returns, on outputs (and such targets) in float32 or better."""
+        return self.fn(widen(outputs), _wide(targets))
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> ClosureCurvature:
         """The Hessian of the function, by double backward."""
-        fixed = plain(targets)
+        fixed = _wide(plain(targets))
         try:
             curvature = ClosureCurvature.from_function(lambda x: self.fn(x, fixed), outputs)
             curvature.product(widen(plain(outputs)).new_ones(1, outputs.numel()))
@@ -133,7 +131,6 @@ class CallableLoss(Loss):
         """
         curvature = self.hessian(outputs, targets)
         what = f"the Hessian of loss {self.fn!r} in the outputs"
-        warn_if_flat(curvature, what)
         return positive_part(curvature, what)
 
     def fisher(self, outputs: Tensor, targets: Tensor) -> NoReturn:
@@ -151,3 +148,7 @@ class CallableLoss(Loss):
             f"loss {self.fn!r} names no output distribution, so it has no Fisher matrix: use "
             "metric='gauss_newton' or 'empirical_fisher', or one of the named losses."
         )
+
+
+def _wide(targets: Tensor) -> Tensor:
+    return widen(targets) if targets.is_floating_point() else targets

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from llqr_mf.errors import NotFiniteError
-from llqr_mf.operators.closure_curvature import ClosureCurvature
 from llqr_mf.operators.output_curvature import at_least_float32
 
 
@@ -105,19 +102,3 @@ def check_weights(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}: pass {name}.float().")
     if not bool((tensor.isfinite() & (tensor >= 0)).all()):
         raise ValueError(f"{name} holds entries that are negative, NaN or infinite: give >= 0.")
-
-
-@torch.no_grad()
-def warn_if_flat(curvature: ClosureCurvature, what: str) -> None:
-    """Warns where a curvature is zero: a step by it is the gradient over the damping."""
-    size = curvature.samples * curvature.width
-    wide = at_least_float32(curvature.dtype)
-    places = torch.arange(1, 1 + size, dtype=wide, device=curvature.device)
-    if not bool(curvature.product(1.5 + places.sin().unsqueeze(0)).any()):
-        warnings.warn(
-            f"{what} is zero, as of a loss that is linear in them, so that a step is the gradient "
-            "divided by the damping: use metric='newton' or 'empirical_fisher', or a model that "
-            "returns logits with a named loss.",
-            UserWarning,
-            stacklevel=2,
-        )

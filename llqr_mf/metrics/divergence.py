@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llqr_mf.losses import Loss
 from llqr_mf.losses.base import Totals
-from llqr_mf.losses.checks import check_scalar, plain, warn_if_flat, widen
+from llqr_mf.losses.checks import check_scalar, plain, widen
 from llqr_mf.operators.closure_curvature import ClosureCurvature
 from llqr_mf.operators.output_blocks import positive_part
 from llqr_mf.operators.output_curvature import OutputCurvature
@@ -40,7 +40,6 @@ class Divergence(Metric):
         ones = widen(plain(outputs)).new_ones(1, outputs.numel())
         self._check_finite(curvature.product(ones), "Hessian")
         what = f"the Hessian of divergence {self.fn!r} in the outputs"
-        warn_if_flat(curvature, what)
         return positive_part(curvature, what, clip=False)
 
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:

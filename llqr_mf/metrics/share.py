@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llqr_mf.losses import Loss
 from llqr_mf.losses.base import Totals
+from llqr_mf.losses.nothing import Nothing
 from llqr_mf.operators.output_curvature import OutputCurvature
 
 from .base import CostModel, Metric
@@ -38,9 +39,10 @@ class Share(Metric):
         )
 
     def terminal(self, loss: Loss, outputs: Tensor, targets: Tensor) -> OutputCurvature:
-        """The base's times the share; a batch in which nothing counts has none to begin with."""
-        curvature = self.base.terminal(loss, outputs, targets)
-        return curvature.scaled(self.terminal_share) if self.terminal_share else curvature
+        """The base's times the share; zero where nothing counts."""
+        if not self.terminal_share:
+            return Nothing().hessian(outputs, targets)
+        return self.base.terminal(loss, outputs, targets).scaled(self.terminal_share)
 
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The base's times the share."""
