@@ -79,8 +79,8 @@ class Laplace:
         scale: s.
 
     Raises:
-        ValueError: The problem is not such a one, an option does not fit, "dual" has no Gram
-            matrix, or outputs are random or depend on the rest of their batch.
+        ValueError: The problem is not such a one or in half precision, an option does not fit,
+            "dual" has no Gram matrix, or outputs are random or depend on the rest of their batch.
         RuntimeError: The weights or the data changed since the problem was made.
     """
 
@@ -97,6 +97,12 @@ class Laplace:
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: choose 'auto', 'dual' or 'cg'.")
         self.likelihood = likelihood_of(problem)
+        if problem.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the problem is {problem.dtype}: a posterior covariance is a small difference of "
+                "kernels, of which that leaves few digits. Convert the model, model.float(), and "
+                "the inputs, and make a new problem."
+            )
         self.noise = self.likelihood.checked_noise(noise)
         self.scale = float(self.likelihood.scale(self.noise))
         cost = prior_cost(problem, prior_precision, self.scale)
