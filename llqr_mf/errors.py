@@ -1,4 +1,8 @@
-"""Errors that callers tell apart."""
+"""Errors that callers tell apart, and what cannot be copied."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
 
 
 class NotFiniteError(ValueError):
@@ -6,3 +10,31 @@ class NotFiniteError(ValueError):
 
     `LLQR` skips the step or refresh that meets it; elsewhere it is an error like any other.
     """
+
+
+class StaleLayersError(ValueError):
+    """The model is no longer the one that was split: `split` it again.
+
+    What keeps a split (`LLQR`, a tangent kernel) does so by itself.
+    """
+
+
+class Unsaved:
+    """What belongs to a model and its memory: a pickled or deep copy would compute nothing true."""
+
+    _remedy: ClassVar[str]
+    """What it is and what to do instead, for the message."""
+
+    def __copy__(self) -> Any:
+        """Shares everything."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            TypeError: Always, with the remedy.
+        """
+        raise TypeError(self._remedy)

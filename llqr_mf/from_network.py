@@ -13,10 +13,17 @@ from linear_operator.operators import ConstantDiagLinearOperator
 from torch import Tensor
 
 from .damping import control_cost
+from .errors import StaleLayersError
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer, Linearization, NetworkStage, build_stages, linearize, with_curvature
-from .network.checks import check_batch, check_finite, check_layers, check_same_function
+from .network.checks import (
+    ModelRun,
+    check_batch,
+    check_finite,
+    check_layers,
+    check_same_function,
+)
 from .operators import ControlCost, StateCost, System
 from .operators.apply import checked_operator
 from .operators.output_curvature import OutputCurvature
@@ -57,19 +64,26 @@ def network_problem(
             "derivatives of this one hold every activation. Leave it out, or use a "
             "StreamedProblem of smaller batches."
         )
-    linearization = linearize(
-        layers, batch, second_order=the_metric.may_curve, checkpoint=checkpoint
-    )
+    # Before the layers run: its activations are gone when theirs are held.
+    run = ModelRun(layers[0].program, batch) if check else None
+    try:
+        linearization = linearize(
+            layers, batch, second_order=the_metric.may_curve, checkpoint=checkpoint
+        )
+    except ValueError as error:
+        if run is not None and run.succeeded:
+            raise StaleLayersError(f"{error} The model itself takes it: split() again.") from error
+        raise
     outputs = linearization.outputs
     check_finite(layers[0].program.model, outputs)
     the_loss.check(outputs, targets)
-    if check:
-        check_same_function(layers[0].program, batch, outputs)
+    if run is not None:
+        check_same_function(layers[0].program, batch, outputs, run)
     model = the_metric.cost_model(the_loss, outputs, targets)
-    parameters = dict(layers[0].program.model.named_parameters())
-    proto = outputs.new_empty(0, dtype=parameters[linearization.parameters[0]].dtype)
-    named = {f"inputs[{i}]": x for i, x in enumerate(batch) if isinstance(x, Tensor)}
-    stages = build_stages(linearization, proto, {**parameters, **named})
+    tensors = layers[0].program.read()
+    proto = outputs.new_empty(0, dtype=tensors[linearization.parameters[0]].dtype)
+    tensors |= {f"inputs[{i}]": x for i, x in enumerate(batch) if isinstance(x, Tensor)}
+    stages = build_stages(linearization, proto, tensors)
     if model.costate is not None:
         with torch.no_grad():
             stages = with_curvature(stages, model.costate)

@@ -22,7 +22,7 @@ from .operators import (
     ZeroOperator,
 )
 from .operators.tangent import size_of
-from .tail import tail_solver
+from .tail import TailSolver
 
 
 class LayerOperators:
@@ -160,5 +160,5 @@ class LayerOperators:
     def _tail(self, t: int, rtol: float | None, max_iterations: int | None) -> dict[str, Any]:
         system, _ = self.system.tail(t)
         tolerance = rtol or (1e-12 if self.dtype == torch.float64 else 1e-6)
-        solve = tail_solver(tolerance, max_iterations or 1000)
+        solve = TailSolver(tolerance, max_iterations or 1000)
         return {"system": system, "solve": solve, "columns": self._columns}

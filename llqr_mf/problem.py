@@ -149,6 +149,17 @@ class LQRProblem(LayerOperators):
         self._columns = system.columns_per_pass if columns is None else columns
         return self
 
+    def __repr__(self) -> str:
+        """What it is of, how large, and by which costs."""
+        size = f"P={self.size}, {self.dtype} on {self.device}, R={self.control_cost}"
+        if self.origin is None:
+            return f"LQRProblem(given matrices, T={self.horizon}, {size})"
+        origin = self.origin
+        return (
+            f"LQRProblem(network of {self.horizon} layers, N={len(origin.outputs)}, {size}, "
+            f"loss={origin.loss}, metric={origin.metric})"
+        )
+
     # ---- sizes and the flat layout
 
     @property

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from .damping import control_cost
+from .errors import StaleLayersError
 from .from_network import flat_curvature, network_problem, warn_if_flat
 from .losses import get_loss
 from .losses.base import Totals
 from .losses.nothing import Nothing
-from .metrics import get_metric
+from .metrics import Metric, get_metric
 from .metrics.share import Share
 from .network import Layer
 from .network.checks import check_layers
@@ -89,6 +90,7 @@ class StreamedProblem:
         self._layers, self._batches, self._columns = layers, batches, columns
         self._marks: list[tuple[Mark, ...]] = []
         self._parts: list[Totals] = []
+        self._passes = 0
         self._loss, self._metric = get_loss(loss), get_metric(metric)
         self._progress = progress
         check_layers(layers)
@@ -131,6 +133,14 @@ class StreamedProblem:
             warn_if_flat(flat[0])
         self.gradient = (gradient / self.totals.mass).to(dtype)
         self.loss_value = value / self.totals.mass
+
+    def __repr__(self) -> str:
+        """What it is of, how large, and by which costs."""
+        return (
+            f"StreamedProblem(network of {len(self._layers)} layers, {len(self._marks)} batches, "
+            f"P={self.size}, {self.dtype} on {self.device}, R={self.control_cost}, "
+            f"loss={self._loss}, metric={self._metric})"
+        )
 
     @staticmethod
     def chunks(inputs: Any, targets: Tensor, size: int) -> list[Batch]:
@@ -211,31 +221,44 @@ class StreamedProblem:
         return total
 
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
-        """Every batch's problem, without R; unless `check`, its costs are its share of the mean."""
-        self._weights.check_entries()
+        """Every batch's problem, without R; in later passes, with its share of the mean."""
+        self._weights.check(thorough=True)
         count = 0
         for inputs, targets in self._passed():
             self._recognise(count, inputs, targets, first=check)
-            empty = isinstance(targets, Tensor) and self._loss.is_empty(targets)
             metric = self._metric.of_batch(count)
             if not check:
                 metric = Share.of(metric, self._parts[count], self.totals)
+            # In a later pass one batch shows whether the model is still the one that was split.
+            looks = check or count == self._passes % len(self._marks)
             with self._random.resumed(batch=count):
-                problem = network_problem(
-                    LQRProblem,
-                    *(self._layers, inputs, targets),
-                    loss=Nothing() if empty else self._loss,
-                    metric=metric,
-                    damping=0.0,
-                    columns=self._columns,
-                    check=check,
-                    checkpoint=False,
-                    may_be_flat=True,
-                )
+                problem = self._problem(inputs, targets, metric, check=looks)
             count += 1
             yield problem, targets
+        self._passes += 1
         if count != len(self._marks):
             raise RuntimeError(f"{count} batches came, and {len(self._marks)} in the first pass.")
+
+    def _problem(self, inputs: Any, targets: Tensor, metric: Metric, *, check: bool) -> LQRProblem:
+        empty = isinstance(targets, Tensor) and self._loss.is_empty(targets)
+        try:
+            return network_problem(
+                LQRProblem,
+                *(self._layers, inputs, targets),
+                loss=Nothing() if empty else self._loss,
+                metric=metric,
+                damping=0.0,
+                columns=self._columns,
+                check=check,
+                checkpoint=False,
+                may_be_flat=True,
+            )
+        except StaleLayersError as error:
+            if not self._passes:
+                raise
+            raise RuntimeError(
+                f"the model is no longer that of the first pass: make the problem again. {error}"
+            ) from error
 
     def _passed(self) -> Iterator[Batch]:
         """The batches, with random numbers that go on from one to the next."""

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from .operators import System
-from .operators.value import TailSolve
 from .solvers.cg import cg
 from .solvers.status import Code
 
 
-def tail_solver(rtol: float, max_iterations: int) -> TailSolve:
-    """Solves H u = b on a tail system for rows b, and does not hide how that went."""
+@dataclass(frozen=True)
+class TailSolver:
+    """Solves H u = b on a tail system for rows b, and does not hide how that went.
 
-    def solve(tail: System, b: Tensor) -> Tensor:
+    Args:
+        rtol: Relative residual.
+        max_iterations: Of CG.
+    """
+
+    rtol: float
+    max_iterations: int
+
+    def __call__(self, tail: System, b: Tensor) -> Tensor:
+        """U, in the shape of b."""
         if b.shape[1] == 0:
             return b
-        result = cg(tail.condensed_product, b.mT, rtol=rtol, max_iterations=max_iterations)
+        result = cg(
+            tail.condensed_product, b.mT, rtol=self.rtol, max_iterations=self.max_iterations
+        )
         if result.status.code in (Code.NEGATIVE_CURVATURE, Code.NOT_FINITE):
             raise ValueError(f"the tail problem has no solution: {result.status}")
         if result.status.code is Code.MAX_ITERATIONS:
@@ -30,5 +42,3 @@ def tail_solver(rtol: float, max_iterations: int) -> TailSolve:
                 stacklevel=2,
             )
         return result.x.mT
-
-    return solve

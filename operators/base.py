@@ -40,6 +40,11 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
         self._proto = proto
         self._columns = columns
 
+    def __repr__(self) -> str:
+        """Kind, shape, dtype and device."""
+        rows, columns = self._sizes()
+        return f"{type(self).__name__}({rows} x {columns}, {self.dtype} on {self.device})"
+
     @abstractmethod
     def _sizes(self) -> tuple[int, int]:
         """The number of rows and columns."""

@@ -26,6 +26,14 @@ class ControlCost:
     groups: tuple[tuple[tuple[int, ...], float | LinearOperator], ...]
     sizes: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """The numbers, and of operators what kind they are."""
+        if self.uniform is not None:
+            return f"{self.uniform:g} I"
+        kinds = [v if isinstance(v, float) else type(v).__name__ for _, v in self.groups]
+        named = [f"{kind:g} I" if isinstance(kind, float) else kind for kind in kinds]
+        return f"({', '.join(named[:4])}{', ...' if len(named) > 4 else ''})"
+
     @staticmethod
     def scalar(value: float, sizes: Sequence[int]) -> ControlCost:
         """R = value * I."""

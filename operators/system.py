@@ -261,15 +261,18 @@ class System:
         assert product is not None
         return product
 
-    def check(self) -> None:
+    def check(self, *, thorough: bool = False) -> None:
         """Raises if a stage's weights or batch are no longer what was linearised.
 
         Every product does this for itself, but for one that runs as a compiled or captured graph.
+
+        Args:
+            thorough: Whether writes that torch does not count are looked for, in all weights.
         """
         for stage in self.stages:
             check = getattr(stage, "check", None)
             if check is not None:
-                check()
+                check(thorough=thorough)
 
     def _condensed(self, u: Tensor, out: Tensor | None, *, in_place: bool) -> Tensor:
         zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))

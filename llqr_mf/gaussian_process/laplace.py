@@ -10,6 +10,7 @@ import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from torch import Tensor
 
+from ..errors import StaleLayersError
 from ..network import Layer
 from ..network.snapshot import Snapshot
 from ..operators.output_curvature import OutputCurvature
@@ -208,7 +209,7 @@ class Laplace:
         Raises:
             RuntimeError: With the name of what changed.
         """
-        self._snapshot.check_entries()
+        self._snapshot.check(thorough=True)
         if isinstance(self._given, LQRProblem):
             check_current(self._given)
 
@@ -331,7 +332,12 @@ class Laplace:
 
     def _predicted(self, inputs: Any) -> tuple[LQRProblem, Covariance]:
         self.check()
-        new = linearised(self._layers, inputs, columns=self._given._columns)
+        try:
+            new = linearised(self._layers, inputs, columns=self._given._columns)
+        except StaleLayersError as error:
+            raise RuntimeError(
+                f"the network is no longer that of the posterior: make a new problem. {error}"
+            ) from error
         if self.likelihood.width not in (output_width(new), None):
             raise ValueError(
                 f"the network has {output_width(new)} outputs per sample at these inputs and had "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from gpytorch.kernels import Kernel
@@ -11,7 +12,9 @@ from gpytorch.means import Mean
 from linear_operator import LinearOperator
 from torch import Tensor, nn
 
-from ..network import Layer, split
+from ..network import Layer
+from ..network.checks import ModelRun, check_layers, close
+from ..network.kept_layers import KeptLayers
 from ..network.snapshot import Snapshot
 from ..operators.tangent import Tangent, from_rows, to_rows
 from ..problem import LQRProblem
@@ -73,9 +76,9 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
             raise ValueError("NeuralTangentKernel is one kernel: leave batch_shape out.")
         self._network = _Network(model, input_shape, damping, cuts, columns)
         self.dense_size = dense_size
-        self._width: int | None = None
+        self._width = (-1, 0)
         self._kept_of = self._network.changes
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._kept: list[_Kept] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,9 +87,10 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """D."""
-        if self._width is None:
-            self._width = output_width(self._network.at(x1[:2]))
-        return self._width
+        if self._width[0] != self._network.changes:
+            width = output_width(self._network.at(x1[:2]))
+            self._width = self._network.changes, width
+        return self._width[1]
 
     def forward(
         self,
@@ -123,13 +127,17 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
 
     def _matrix(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor | LinearOperator:
         self._network.refresh()
-        if self._kept_of != self._network.changes:
-            self._kept, self._kept_of = [], self._network.changes
-        for one, two, matrix in self._kept:
-            if _equal(one, x1) and _equal(two, x2):
-                return matrix
+        for kept in self._kept:
+            if kept.is_of(x1, x2) and not self._network.agrees(kept.x1, kept.outputs):
+                self._network.changes += 1
+        self._drop_old()
+        for kept in self._kept:
+            if kept.is_of(x1, x2):
+                return kept.matrix
         problem1 = self._network.at(x1)
         problem2 = problem1 if same else self._network.at(x2)
+        # What these found of the model may be news.
+        self._drop_old()
         made: Tensor | LinearOperator | None = None
         sizes = problem1.system.output_size, problem2.system.output_size
         if max(sizes) <= self.dense_size:
@@ -138,10 +146,16 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
                 made = kernel_matrix(problem1, problem2)
         if made is None:
             return kernel(problem1, problem2)
-        assert isinstance(made, Tensor)
+        assert isinstance(made, Tensor) and problem1.origin is not None
         # Copies: the user may write to x.
-        self._kept = [(x1.clone(), x2.clone(), made), *self._kept[: KEPT - 1]]
+        kept = _Kept(x1.clone(), x2.clone(), problem1.origin.outputs, made)
+        self._kept = [kept, *self._kept[: KEPT - 1]]
         return made
+
+    def _drop_old(self) -> None:
+        """Forgets the matrices of a model that has changed."""
+        if self._kept_of != self._network.changes:
+            self._kept, self._kept_of = [], self._network.changes
 
     def _diagonal(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
         if not same:
@@ -150,6 +164,18 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
         problem = self._network.at(x1)
         squares = output_squares(problem)
         return problem.tangent_kernel._diagonal() if squares is None else squares
+
+
+class _Kept(NamedTuple):
+    """A kernel matrix with what it was made of: two inputs, and the outputs at the first."""
+
+    x1: Tensor
+    x2: Tensor
+    outputs: Tensor
+    matrix: Tensor
+
+    def is_of(self, x1: Tensor, x2: Tensor) -> bool:
+        return _equal(self.x1, x1) and _equal(self.x2, x2)
 
 
 class NetworkMean(Mean):  # type: ignore[misc]
@@ -203,8 +229,8 @@ class _Network:
         columns: int | None,
     ) -> None:
         self.model, self.input_shape, self.damping = model, input_shape, damping
-        self.columns, self.cuts = columns, cuts
-        self.layers: list[Layer] = split(model, cuts=cuts)
+        self.columns = columns
+        self.kept = KeptLayers(model, cuts=cuts)
         self.changes = 0
         self._take()
 
@@ -215,21 +241,31 @@ class _Network:
     def at(self, x: Tensor) -> LQRProblem:
         """The problem of some inputs."""
         self.refresh()
-        check_deterministic(self.layers[0].program)
-        if self.input_shape is not None:
-            x = x.reshape(len(x), *self.input_shape)
-        return linearised(self.layers, x, damping=self.damping, columns=self.columns)
+        inputs, layers = self._shaped(x), self.kept.layers
+        made = self.kept.use(lambda layers: self._linearised(layers, inputs))
+        self.changes += layers is not self.kept.layers
+        return made
+
+    def agrees(self, x: Tensor, outputs: Tensor) -> bool:
+        """Whether the model still gives these outputs at some inputs."""
+        run = ModelRun(self.kept.layers[0].program, (self._shaped(x),))
+        return run.succeeded and close(run.outputs(), outputs)
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        return x if self.input_shape is None else x.reshape(len(x), *self.input_shape)
+
+    def _linearised(self, layers: Sequence[Layer], x: Tensor) -> LQRProblem:
+        check_layers(layers)
+        check_deterministic(layers[0].program)
+        return linearised(layers, x, damping=self.damping, columns=self.columns)
 
     def refresh(self) -> None:
         """Takes in what happened to the model: `changes` moves if anything did."""
-        kind, versions = self._kind, self._versions
-        same = self._now() == (kind, versions)
+        same = self._now() == (self._kind, self._versions)
         if same and self._snapshot.changed(thorough=True) is None:
             return
         self.changes += 1
         self._take()
-        if self._kind != kind:
-            self.layers = split(self.model, cuts=self.cuts)
 
     def _take(self) -> None:
         self._kind, self._versions = self._now()

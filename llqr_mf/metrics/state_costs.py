@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from linear_operator import LinearOperator
@@ -42,6 +44,10 @@ class StateCosts(Metric):
         if not isinstance(self.base, Metric):
             raise TypeError(f"base is {self.base!r}: give a Metric, such as GaussNewton().")
         object.__setattr__(self, "costs", MappingProxyType(dict(self.costs)))
+
+    def __reduce__(self) -> Any:
+        """Pickled by its arguments: a read-only view of a mapping has no pickle of its own."""
+        return partial(StateCosts, base=self.base), (dict(self.costs),)
 
     @property
     def state_costs(self) -> Mapping[str | int, StateCostSpec]:

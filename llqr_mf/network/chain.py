@@ -125,7 +125,7 @@ def chain_by_hooks(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> li
             module.register_forward_pre_hook(before)
             module.register_forward_hook(after(name), with_kwargs=True)
     buffers = {name: b.clone() for name, b in twin.named_buffers()}
-    with torch.no_grad(), curvature_pass(inputs[0].device):
+    with torch.enable_grad(), curvature_pass(inputs[0].device):
         output = torch.func.functional_call(twin, buffers, inputs)
     in_a_row = all(follows for _, follows, _ in calls)
     return [name for name, _, _ in calls] if calls and in_a_row and current is output else None

@@ -85,10 +85,11 @@ def _sharers(target: fx.Node) -> Iterator[fx.Node]:
 
 
 def _views_of(node: fx.Node) -> Iterator[fx.Node]:
-    yield node
-    for user in node.users:
-        if _is_view(user):
-            yield from _views_of(user)
+    waiting = [node]
+    while waiting:
+        view = waiting.pop()
+        yield view
+        waiting.extend(filter(_is_view, view.users))
 
 
 def _is_part_of(user: fx.Node, sharer: fx.Node) -> bool:

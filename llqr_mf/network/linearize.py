@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..rules import Call, Node, Slot, is_active_leaf, linearize_call
-from .modes import curvature_pass
+from .modes import curvature_pass, differentiable_attention
 from .split import Layer
-from .tracing import Program, is_inert
+from .tracing import Program, is_foreign, is_inert
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,7 @@ class _Run:
         self.device, self.remakes = checkpoints_on, dict[int, Remake]()
         trainable = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in trainable)
-        self.controls = {
-            id(p): Slot(i, p.detach(), is_parameter=True) for i, (_, p) in enumerate(trainable)
-        }
+        self.controls = {id(p): Slot(i, p.detach()) for i, (_, p) in enumerate(trainable)}
         self.shapes = {slot.id: tuple(slot.value.shape) for slot in self.controls.values()}
         self.next_id = len(trainable)
         self.complex_values: set[int] = set()
@@ -241,7 +239,8 @@ class _Run:
     def _input(self, value: Any, ids: list[int]) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
-        slot = self._slot(value.detach())
+        # Autograd saves no inference tensor.
+        slot = self._slot(value.clone() if value.is_inference() else value.detach())
         ids.append(slot.id)
         return slot
 
@@ -262,7 +261,10 @@ class _Run:
 
     def _call(self, node: fx.Node) -> Call:
         args, kwargs = self._resolve(node.args), dict(self._resolve(node.kwargs))
-        owner = node.meta["owner"]
+        owner, within = node.meta["owner"], None
+        if is_foreign(node):
+            # What was run under no_grad() in training is no call of its own to differentiate in.
+            within = None if node.meta["constant"] else differentiable_attention
         if node.op == "call_module":
             function, slots = self._module_call(str(node.target))
             args = (slots, *args)
@@ -270,8 +272,8 @@ class _Run:
             name = "reshape" if node.target == "view" and _sizes_only(args[1:]) else node.target
             function = getattr(torch.Tensor, str(name))
         else:
-            function = node.target
-        return Call(function, tuple(args), kwargs, owner, self.second_order)
+            function = _on_copies(node.target) if is_foreign(node) else node.target
+        return Call(function, tuple(args), kwargs, owner, self.second_order, within)
 
     def _module_call(self, path: str) -> tuple[Any, list[Any]]:
         """A whole module as a function of its parameters; its buffers are never written to."""
@@ -316,6 +318,18 @@ class _Run:
         linearized.result = None
         bound.append(BoundNode(linearized, ids, _label(node)))
         return tree_unflatten(slots, spec)
+
+
+def _on_copies(function: Any) -> Any:
+    """The function on copies of its tensors, which a user's function may write to."""
+    if getattr(function, "keeps_inputs", False):
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _label(node: fx.Node) -> str:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+LOCK = threading.RLock()
+"""Held by whatever changes a state of the whole process for a moment: the random state, torch's
+choice of an attention kernel, the classes that `torch.fx` patches."""
 
 _BATCH_FLAGS: dict[Any, str] = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
 STATEFUL = {*_BATCH_FLAGS, torch.batch_norm, torch.instance_norm, torch._weight_norm}
 """Functions that a curvature pass must run in another way."""
+
+FAST_PATHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""Modules with a way of their own where nothing is differentiated: it zeroes what is padded, which
+training does not. They leave it while any `TorchFunctionMode` is on."""
 
 _SIGNATURES = {f: inspect.signature(f) for f in _BATCH_FLAGS}
 
@@ -48,28 +58,33 @@ def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor
 
 
 @contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by the MATH backend: fused kernels have no second backward.
+
+    Torch keeps the choice for the whole process: attention that another thread runs meanwhile is
+    rounded otherwise. The lock makes sure that what it was is put back.
+    """
+    with LOCK, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
 def curvature_pass(device: torch.device, *, stateful: bool = True) -> Iterator[None]:
     """Attention by the MATH backend, batch statistics fixed, random state put back.
 
-    The fused attention kernels have neither a forward-mode derivative nor a second backward; the
-    fast path of the Transformer modules zeroes what is padded, which training does not. The
-    random state is the caller's at entry, so dropout draws the masks that the model's own next
-    forward would draw, and it is the same again at exit.
+    The random state is the caller's at entry, so dropout draws the masks that the model's own next
+    forward would draw, and it is the same again at exit. It is one for all threads, as torch has
+    it: what another thread draws meanwhile is drawn again after.
 
     Args:
         device: Whose random state.
-        stateful: Whether the model may call any of `STATEFUL`. Watching for them costs some
-            microseconds a call, which small networks feel.
+        stateful: Whether the model may call any of `STATEFUL`, or has any of `FAST_PATHS`.
+            Watching for them costs some microseconds a call, which small networks feel.
     """
     devices = [device] if device.type == "cuda" else []
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            sdpa_kernel(SDPBackend.MATH),
-            _Differentiable() if stateful else nullcontext(),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with (
+        differentiable_attention(),
+        torch.random.fork_rng(devices=devices),
+        _Differentiable() if stateful else nullcontext(),
+    ):
+        yield

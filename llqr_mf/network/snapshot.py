@@ -7,56 +7,53 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-SAMPLE = 4096
-"""Entries of a tensor that are compared when its version counter has moved."""
+WIDTH = 2039
+"""Numbers in a checksum, and the most that a tensor is compared entry by entry with: a prime, so
+that rows which trade places land on other numbers."""
 
 
 class Snapshot:
     """What some tensors were.
 
     A linearisation shares the weights' memory, so writing to them changes its products. Torch
-    counts such writes; when the count has moved, a sample of the entries tells a step from a
-    step that was taken back.
+    counts such writes; when the count has moved, a checksum of all bits tells a step from a step
+    that was taken back.
 
     Args:
         tensors: Pairs (name, tensor).
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        self._held = [(name, tensor, _sample(tensor)) for name, tensor in tensors]
-        self._versions = [tensor._version for _, tensor, _ in self._held]
+        self._held = [(name, tensor, _checksum(tensor)) for name, tensor in tensors]
+        self._versions = [_version(tensor) for _, tensor, _ in self._held]
 
     def changed(self, *, thorough: bool = False) -> str | None:
         """The name of the first tensor that is not what it was.
 
         Args:
             thorough: Whether to compare where the count has not moved, too: it does not for writes
-                to `.data`, nor where `.data` was replaced (`vector_to_parameters` does so). The
-                products of a problem keep the replaced memory, so only what puts them beside a new
-                linearisation needs to ask.
+                to `.data`, nor where `.data` was replaced (`vector_to_parameters` does so). That
+                reads all weights, so products leave it out, and `solve` asks for it once.
         """
         for i, (name, tensor, before) in enumerate(self._held):
-            if tensor._version == self._versions[i] and not thorough:
+            version = _version(tensor)
+            if version is not None and version == self._versions[i] and not thorough:
                 continue
             if not _same(tensor, before):
                 return name
-            self._versions[i] = tensor._version
+            self._versions[i] = version
         return None
 
-    def check(self) -> None:
+    def check(self, *, thorough: bool = False) -> None:
         """Raises if a tensor is not what it was.
+
+        Args:
+            thorough: See `changed`.
 
         Raises:
             RuntimeError: With the tensor's name, and the remedy.
         """
-        self._refuse(self.changed())
-
-    def check_entries(self) -> None:
-        """As `check`, thoroughly; see `changed`."""
-        self._refuse(self.changed(thorough=True))
-
-    @staticmethod
-    def _refuse(name: str | None) -> None:
+        name = self.changed(thorough=thorough)
         if name is not None:
             raise RuntimeError(
                 f"{name} was written to after the problem was made, and the problem shares its "
@@ -64,11 +61,46 @@ class Snapshot:
             )
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _same(tensor: Tensor, before: Tensor) -> bool:
-    alike = tensor.dtype == before.dtype and tensor.device == before.device
-    return alike and torch.equal(_sample(tensor), before)
+    now = _checksum(tensor)
+    # NaN is as it was where its bits are.
+    alike = now.dtype == before.dtype and now.device == before.device and now.shape == before.shape
+    return alike and bool((_bits(now) == _bits(before)).all())
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLE)].clone()
+def _checksum(tensor: Tensor) -> Tensor:
+    """A copy of a small tensor, and of a large one the sums of its bits WIDTH places apart."""
+    flat = _flat(tensor)
+    if len(flat) <= WIDTH:
+        return flat.clone()
+    # Eight bytes as one number: sums that wrap around lose nothing, in any order.
+    even = len(flat) * flat.element_size() // 8 * 8 // flat.element_size()
+    words = flat[:even].view(torch.int64)
+    whole = len(words) // WIDTH * WIDTH
+    made = torch.zeros(WIDTH, dtype=torch.int64, device=flat.device)
+    if whole:
+        made += words[:whole].view(-1, WIDTH).sum(0)
+    made[: len(words) - whole] += words[whole:]
+    rest = _bits(flat[even:])
+    return torch.cat([made, rest.to(torch.int64)])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All entries in a row, in the order of their memory where that saves a copy."""
+    plain = tensor.detach()
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
+    order = sorted(range(plain.ndim), key=plain.stride, reverse=True)
+    flat = plain.permute(order).reshape(-1)
+    return flat if flat.storage_offset() * flat.element_size() % 8 == 0 else flat.clone()
+
+
+def _bits(flat: Tensor) -> Tensor:
+    """The entries of a vector as whole numbers of their size."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return flat.view(sizes.get(flat.element_size(), torch.int64))

@@ -6,10 +6,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx, nn
 
 from .chain import Chain, LayerSpec, chain_by_hooks, run_chain
+from .plain import check_plain
 from .tracing import Program, is_inert, required_inputs, trace
 
 
@@ -79,8 +79,7 @@ def split(
                 f"model is a {type(model).__name__}: give a module, or a list of layers."
             )
         return _split_list(list(model), example_inputs)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("a ScriptModule has no Python code to trace: split the original module.")
+    check_plain(model)
     cuts = [cuts] if isinstance(cuts, str) else cuts
     count = _count(example_inputs) or required_inputs(model)
     program = trace(model, lambda twin, *args: twin(*args), count)
@@ -98,6 +97,8 @@ def _split_list(
     items: Sequence[LayerSpec], example_inputs: Tensor | tuple[Tensor, ...] | None
 ) -> list[Layer]:
     chain = Chain.of(items)
+    for module in chain:
+        check_plain(module)
     count = _count(example_inputs) or required_inputs(chain[0])
     sizes: list[int] = []
     program = trace(chain, lambda twin, *args: twin.run(*args, sizes=sizes), count)

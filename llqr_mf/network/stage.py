@@ -135,14 +135,17 @@ class NetworkStage:
         if not torch.compiler.is_compiling():
             self.check()
 
-    def check(self) -> None:
+    def check(self, *, thorough: bool = False) -> None:
         """Products are of the weights that were linearised, in the precision they have.
+
+        Args:
+            thorough: See `Snapshot.changed`.
 
         Raises:
             RuntimeError: A tensor was written to since, or autocast is on.
         """
         if self.snapshot is not None:
-            self.snapshot.check()
+            self.snapshot.check(thorough=thorough)
         if torch.is_autocast_enabled(self.proto.device.type):
             raise RuntimeError(
                 "torch.autocast would lower the precision of the products: solve outside of it, or "
@@ -212,7 +215,7 @@ def build_stages(
     for i in range(parameters):
         # A parameter that nothing reads is a control without effect: a zero column of B_0.
         controls[first.get(i, 0)].append(i)
-    states = [tuple(sorted(i for i in last if first[i] < t <= last[i])) for t in range(T)]
+    states = _carried(first, last, T)
     states[0] = linearization.inputs
     states.append((linearization.output,))
     for t, state in enumerate(states):
@@ -238,6 +241,19 @@ def build_stages(
         )
         for t, nodes in enumerate(linearization.layers)
     ]
+
+
+def _carried(first: Mapping[int, int], last: Mapping[int, int], T: int) -> list[tuple[int, ...]]:
+    """The values that are made before layer t and read in it or later, for every t < T."""
+    enter: list[list[int]] = [[] for _ in range(T + 2)]
+    for i in last:
+        enter[first[i] + 1].append(i)
+    states, live = [], set[int]()
+    for t in range(T):
+        live.update(enter[t])
+        live = {i for i in live if last[i] >= t}
+        states.append(tuple(sorted(live)))
+    return states
 
 
 def _snapshot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import Unsaved
 from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
-from .modes import STATEFUL
+from .modes import FAST_PATHS, LOCK, STATEFUL
+from .plain import is_compiled
 
 _SHARED_MEMORY = "it overwrites memory that a value read later shares"
 
@@ -33,8 +36,8 @@ _INERT_ATTRIBUTES = {
 }
 
 
-@dataclass(frozen=True)
-class Program:
+@dataclass(frozen=True, repr=False)
+class Program(Unsaved):
     """A model's calls, in order.
 
     Args:
@@ -53,15 +56,47 @@ class Program:
     modes: dict[str, bool]
     whole: dict[str, str]
 
+    _remedy = (
+        "layers cannot be pickled or deep-copied: they belong to the model that was split. Call "
+        "split() on the copied or loaded model."
+    )
+
     @property
     def inputs(self) -> int:
         """How many inputs the model was traced with."""
         return sum(node.op == "placeholder" for node in self.graph.nodes)
 
+    def __repr__(self) -> str:
+        """The model, how many calls there are, and which modules stayed whole."""
+        calls = sum(node.op.startswith("call") for node in self.graph.nodes)
+        whole = "".join(f", '{path or 'all'}' whole: {why}" for path, why in self.whole.items())
+        return f"Program({type(self.model).__name__}, {calls} calls{whole})"
+
+    def read(self) -> dict[str, Tensor]:
+        """The trainable parameters, and whatever else of the model the calls read, by name.
+
+        Modules that are one call run on copies of their buffers, which are not here.
+        """
+        now = dict(self.model.named_buffers(remove_duplicate=False))
+        now |= dict(self.model.named_parameters(remove_duplicate=False))
+        held: dict[str, Tensor] = {}
+        held |= {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        known = {id(tensor) for tensor in held.values()}
+        names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
+        for path, module in self.modules.items():
+            names += [f"{path}.{name}" if path else name for name, _ in module.named_parameters()]
+        for name in names:
+            tensor = now.get(name, self.tensors.get(name))
+            if tensor is not None and id(tensor) not in known:
+                known.add(id(tensor))
+                held[name] = tensor
+        return held
+
     @cached_property
     def stateful(self) -> bool:
-        """Whether a call may be, or hide, one of those that `modes.STATEFUL` names."""
-        return any(map(_may_be_stateful, self.graph.nodes))
+        """Whether a call may be, or hide, one that `modes.curvature_pass` has to watch for."""
+        fast = any(isinstance(module, FAST_PATHS) for module in self.model.modules())
+        return fast or any(map(_may_be_stateful, self.graph.nodes))
 
     def changed_mode(self) -> str | None:
         """The first module whose train or evaluation mode is no longer the traced one."""
@@ -72,12 +107,17 @@ class Program:
 
 
 class _Tracer(fx.Tracer):
-    """Records calls with the module they are in, and which module a failure was in."""
+    """Records calls with the module they are in, and which module a failure was in.
+
+    `torch.fx` patches `nn.Module` itself while it traces; modules that another thread calls
+    meanwhile run as ever.
+    """
 
     proxy_buffer_attributes = True
 
     def __init__(self, model: nn.Module, whole: dict[str, str]) -> None:
         super().__init__()
+        self.thread = threading.get_ident()
         self.whole = whole
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.names = {id(p): n for n, p in model.named_parameters()}
@@ -89,6 +129,10 @@ class _Tracer(fx.Tracer):
         self.failed: tuple[str, str] | None = None
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        if is_compiled(m):
+            return m.get_submodule("_orig_mod")(*args, **kwargs)
         path = self.paths.setdefault(id(m), f"{type(m).__name__}@{len(self.paths)}")
         self.stack.append(path)
         self.called.add(path)
@@ -117,7 +161,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if not isinstance(attr_val, Tensor):
+        if not isinstance(attr_val, Tensor) or threading.get_ident() != self.thread:
             return attr_val
         name = self._register(attr_val)
         if name not in parameter_proxy_cache:
@@ -164,7 +208,7 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
         twin = shared_copy(model)
         tracer = _Tracer(twin, whole)
         try:
-            with torch.enable_grad(), _autocast_off(), _functions_recorded():
+            with LOCK, torch.enable_grad(), _autocast_off(), _functions_recorded():
                 graph = tracer.trace(_with_arity(partial(run, twin), inputs))
             entangled = make_out_of_place(graph)
             if entangled is not None:
@@ -180,6 +224,8 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
                 ) from error
             whole[path] = reason
             continue
+        for node in graph.nodes:
+            node.meta["inert"] = _is_inert(node)
         return Program(
             graph=graph,
             tensors=tracer.tensors,
@@ -203,7 +249,8 @@ def _functions_recorded() -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return cls.apply(*args, **kwargs)
 
-        call.__name__ = cls.__name__
+        call.__name__, call.__module__ = cls.__name__, cls.__module__
+        call.__dict__["keeps_inputs"] = True  # or says so by mark_dirty, which leaves refuse
         return symbols[0].tracer.create_proxy("call_function", call, args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
@@ -231,15 +278,24 @@ def required_inputs(model: nn.Module) -> int:
 
 
 def _may_be_stateful(node: fx.Node) -> bool:
+    return is_foreign(node) or (node.op == "call_function" and node.target in STATEFUL)
+
+
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a call runs code that is not torch's own function: a module, a user's function."""
     if node.op != "call_function":
         return node.op == "call_module"
     home = getattr(node.target, "__module__", None) or ""
-    known = home.split(".")[0] in ("torch", "_operator", "builtins", "math")
-    return not known or node.target in STATEFUL
+    return home.split(".")[0] not in ("torch", "_operator", "builtins", "math", "llqr_mf")
 
 
 def is_inert(node: fx.Node) -> bool:
     """Whether a call returns a shape, a number or another thing without a derivative."""
+    return bool(node.meta["inert"])
+
+
+def _is_inert(node: fx.Node) -> bool:
+    """The same, once it is known of the nodes before it."""
     if node.op in ("placeholder", "get_attr"):
         return False
     if node.op == "call_method" and node.target in _INERT_METHODS:
@@ -247,7 +303,7 @@ def is_inert(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in _INERT_ATTRIBUTES
     above = node.all_input_nodes
-    return bool(above) and all(is_inert(n) for n in above)
+    return bool(above) and all(map(is_inert, above))
 
 
 def _is_open(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from ..errors import NotFiniteError
 from ..fitting import FitReport
 from ..losses import get_loss
 from ..metrics import get_metric
-from ..network import Layer, split
+from ..network.kept_layers import KeptLayers
 from ..preconditioners.base import Structure
 from ..preconditioners.blueprint import Blueprint
 from ..preconditioners.direct_sum import Rules
@@ -147,11 +148,8 @@ class LLQR(Optimizer):
         self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator)
         self._schedule = Schedule(refresh_every, spread)
         self._mode = step
-        self._cuts, self._example_inputs = cuts, example_inputs
-        self._layers: list[Layer] = []
-        self._checked = False
         if not self._plain or step == "subspace":
-            self._layers = split(model, cuts=cuts, example_inputs=example_inputs)
+            self._kept = KeptLayers(model, cuts=cuts, example_inputs=example_inputs)
         self.counts = Counts()
         self.timings = Timings("apply", "base", "refresh", "subspace")
         """Seconds by phase, by the host's clock: a GPU may lag behind."""
@@ -230,9 +228,11 @@ class LLQR(Optimizer):
         recipe, step = self._refresher.recipe, self.counts.steps
         with self.timings.of("refresh"), self._full_precision():
             try:
+                # Attributes do not change between the batches of one call.
+                checks = chain([True], repeat(False))
                 report = self._refresher.learn(
                     batches,
-                    lambda x, y: self._problem(x, y, recipe.damping),
+                    lambda x, y: self._problem(x, y, recipe.damping, check=next(checks)),
                     self._schedule.share(recipe.ema),
                     ready,
                 )
@@ -246,17 +246,16 @@ class LLQR(Optimizer):
             self._count(kept=1, reason=f"the fit: {report.reason}")
         return True
 
-    def _problem(self, inputs: Any, targets: Any, damping: float) -> LQRProblem:
-        """The problem of a batch."""
-        if self._layers[0].program.changed_mode() is not None:
-            self._layers = split(self.model, cuts=self._cuts, example_inputs=self._example_inputs)
-            self._checked = False
-        problem = LQRProblem.from_network(
-            *(self._layers, inputs, targets),
-            loss=self._loss,
-            metric=self._metric,
-            damping=damping,
-            check=not self._checked,
+    def _problem(self, inputs: Any, targets: Any, damping: float, *, check: bool) -> LQRProblem:
+        """The problem of a batch; `check` sees that the layers still are the model's."""
+        problem = self._kept.use(
+            lambda layers: LQRProblem.from_network(
+                *(layers, inputs, targets),
+                loss=self._loss,
+                metric=self._metric,
+                damping=damping,
+                check=check,
+            )
         )
         M = self.structure
         wide = torch.promote_types(problem.dtype, M.dtype)
@@ -265,7 +264,6 @@ class LLQR(Optimizer):
                 "the model's trainable parameters, their dtype or their device changed since the "
                 "optimizer was made: make it again."
             )
-        self._checked = True
         return problem
 
     # ---- stepping
@@ -310,7 +308,9 @@ class LLQR(Optimizer):
         loss, reason, taken = None, "", False
         try:
             with self.timings.of("subspace"), self._full_precision():
-                problem = self._problem(inputs, targets, 0.0)
+                problem = self._subspace.run(
+                    inputs, lambda check: self._problem(inputs, targets, 0.0, check=check)
+                )
         except NotFiniteError as error:
             reason = str(error)
         else:
@@ -318,6 +318,7 @@ class LLQR(Optimizer):
             loss = problem.origin.loss_value.clone()
             if not bool(loss.isfinite()):
                 reason = "the loss is NaN or infinite"
+                self._subspace.undo_pass()
         if not reason:
             if self.refresh_due:
                 damping = self._refresher.recipe.damping

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import NotFiniteError
 from ..losses import Loss
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
@@ -40,6 +42,33 @@ class SubspaceStep:
         self.state = SubspaceState.start(self.options)
         self._own_pass = OwnPass(model)
 
+    def run(self, inputs: Any, make: Callable[[bool], LQRProblem]) -> LQRProblem:
+        """The problem of a batch, whose layers are the model's, and the pass that training has.
+
+        Args:
+            inputs: The batch.
+            make: Makes the problem; its argument says whether the layers are to be checked.
+        """
+        try:
+            problem = make(False)
+        except NotFiniteError:
+            raise
+        except ValueError:  # say, of an attribute that the layers' shapes are of
+            problem = make(True)
+        if not self._agrees(inputs, problem):
+            self._own_pass.undo()
+            problem = make(True)
+            self._agrees(inputs, problem)
+        return problem
+
+    def undo_pass(self) -> None:
+        """Puts back what the model's own pass left behind: there is no step."""
+        self._own_pass.undo()
+
+    def _agrees(self, inputs: Any, problem: LQRProblem) -> bool:
+        assert problem.origin is not None
+        return self._own_pass(inputs, problem.origin.outputs)
+
     @torch.no_grad()
     def __call__(self, problem: LQRProblem, inputs: Any, targets: Tensor) -> tuple[bool, str]:
         """One step; whether it was kept, and why it was skipped if it was."""
@@ -64,6 +93,7 @@ class SubspaceStep:
         )
         if proposal is None or not bool((step := terms.scaled(proposal.step)).isfinite().all()):
             state.forget()
+            self._own_pass.undo()
             return False, "the subspace step is NaN or infinite"
         predicted = None
         if state.count % options.check_every == 0:
@@ -81,5 +111,4 @@ class SubspaceStep:
         kept = accept(state, options, taken, proposal.mean, measured)
         if not kept:
             at.write(weights)
-        self._own_pass(at.parts(weights), at.inputs)
         return kept, ""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layout import Layout
 from ..losses import Loss
+from ..network.checks import copies
 from ..network.modes import curvature_pass
 
 
@@ -38,7 +39,7 @@ class LossAt:
     ) -> None:
         self.stateful = stateful
         self.model, self.loss, self.targets, self.layout = model, loss, targets, layout
-        self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        self._inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.named = dict(model.named_parameters())
         self.held = [self.named[name] for name in layout.names]
 
@@ -57,22 +58,22 @@ class LossAt:
 
     def value(self) -> float:
         """The loss at the present weights."""
-        return float(self._run({}))
+        return float(self._run({}).detach())
 
     def gradient(self, flat: Tensor) -> Tensor:
         """The gradient at other weights, flat."""
         leaves = {name: part.requires_grad_() for name, part in self.parts(flat.detach()).items()}
-        with torch.enable_grad():
-            value = self._run(leaves)
-            parts = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        value = self._run(leaves)
+        parts = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _run(self, replaced: Mapping[str, Tensor]) -> Tensor:
         state = {**{n: b.clone() for n, b in self.model.named_buffers()}, **replaced}
         device = self.held[0].device
-        with curvature_pass(device, stateful=self.stateful):
-            outputs = torch.func.functional_call(self.model, state, self.inputs)
-        return self.loss.value(outputs, self.targets)
+        with torch.enable_grad():
+            with curvature_pass(device, stateful=self.stateful):
+                outputs = torch.func.functional_call(self.model, state, copies(self._inputs))
+            return self.loss.value(outputs, self.targets)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network import Layer, split
+from ..network import Layer
+from ..network.kept_layers import KeptLayers
 from ..problem import LQRProblem
 from ..streamed import Batch, StreamedProblem
 from .eigenvalues import eigenvalues
@@ -90,7 +91,7 @@ class Sharpness:
         if len(given) != (2 if batches is None else 0):
             has = " and ".join(given if batches is None else [*given, "batches"]) or "no data"
             raise ValueError(f"there is {has}: give either inputs and targets, or batches.")
-        self.layers = split(model) if layers is None else layers
+        self._kept = KeptLayers(model, layers=layers)
         self._data = (inputs, targets, batches)
         self._options = {"loss": loss, "metric": metric, "damping": 0.0}
         self.every, self.k, self.rtol, self.seed = every, k, rtol, seed
@@ -133,7 +134,8 @@ class Sharpness:
     def _problem(self) -> LQRProblem | StreamedProblem:
         inputs, targets, batches = self._data
         if batches is not None:
-            return StreamedProblem(self.layers, batches, **self._options)
+            return self._kept.use(lambda it: StreamedProblem(it, batches, **self._options))
         assert targets is not None
-        check = not self.history
-        return LQRProblem.from_network(self.layers, inputs, targets, check=check, **self._options)
+        return self._kept.use(
+            lambda it: LQRProblem.from_network(it, inputs, targets, **self._options)
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ..errors import Unsaved
 from ..solvers.dots import row_dots
 from . import gram
 from .gram import Deltas, Rows, Term
@@ -34,12 +36,10 @@ class Slot:
     Args:
         id: The program value it is.
         value: Its value on this batch.
-        is_parameter: Whether it is one of the model's own tensors, which may be written to later.
     """
 
     id: int
     value: Tensor
-    is_parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Call:
         kwargs: Keyword arguments, likewise.
         owner: Path of the module it was met in, for messages.
         second_order: Whether `curvature` will be asked for.
+        within: Of code that is not torch's: what must hold while it runs, and while a backward pass
+            runs it again (activation checkpoints do so).
     """
 
     function: Callable[..., Any]
@@ -59,6 +61,7 @@ class Call:
     kwargs: Mapping[str, Any]
     owner: str
     second_order: bool
+    within: Callable[[], AbstractContextManager[None]] | None = None
 
     @cached_property
     def flat(self) -> bool:
@@ -84,6 +87,11 @@ class Call:
 
     def evaluate(self) -> Any:
         """The call's value."""
+        if self.within is not None:
+            # In the mode that it would have in training: it may differentiate something itself.
+            with torch.enable_grad():
+                result = self.with_values([slot.value for slot in self.slots])
+            return tree_map_only(Tensor, torch.Tensor.detach, result)
         if self.flat:
             kwargs = {name: plain(value) for name, value in self.kwargs.items()}
             return self.function(*map(plain, self.args), **kwargs)
@@ -104,7 +112,7 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, Slot) else value
 
 
-class Node(ABC):
+class Node(Unsaved, ABC):
     """A linearised call.
 
     Every tangent and cotangent has a leading axis of k columns. A call has one output unless it
@@ -114,6 +122,12 @@ class Node(ABC):
         result: The call's value.
         inputs: The active inputs, in the order in which `push` and `pull` take them.
     """
+
+    _remedy = (
+        "a network's problem cannot be pickled or deep-copied, nor can its operators: their "
+        "products are autograd graphs over the model's memory. Save the model, the batch and the "
+        "options, and make the problem again where it is needed."
+    )
 
     couples_batch: bool | None = None
     """Whether samples interact: False when surely not, None when unknown (it is then probed)."""

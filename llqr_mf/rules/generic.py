@@ -7,7 +7,8 @@ along v gives J v. It needs no forward-mode formula (LSTM has none) and no secon
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ class GenericNode(Node):
     def __init__(self, call: Call) -> None:
         slots = call.slots
         self._owner = call.owner
+        self._within = call.within or nullcontext
+        # With a count of writes of its own: autograd refuses a graph whose weights were written to
+        # even if they were put back, and the problem's snapshot knows better.
+        self._inputs = [slot.value.data.requires_grad_() for slot in slots]
+        args, kwargs = tree_map_only(Tensor, lambda t: t.data, (call.args, dict(call.kwargs)))
         with torch.enable_grad():
-            # Autograd refuses a graph whose weights were written to, even if they were put back.
-            values = [s.value.detach().clone() if s.is_parameter else s.value for s in slots]
-            self._inputs = [value.detach().requires_grad_() for value in values]
-            result = call.with_values(self._inputs)
+            result = replace(call, args=args, kwargs=kwargs).with_values(self._inputs)
             leaves = [leaf for leaf in tree_leaves(result) if is_active_leaf(leaf)]
             self.moves = [leaf.requires_grad for leaf in leaves]
             self._outputs = [leaf for leaf in leaves if leaf.requires_grad]
@@ -64,7 +67,7 @@ class GenericNode(Node):
             for g, t in zip(self._pulled, tangents, strict=True)
             if g is not None and t is not None and g.requires_grad
         ]
-        with self._explained():
+        with self._explained(), self._within():
             return tuple(_grad([g for g, _ in pairs], self._seeds, [t for _, t in pairs]))
 
     def pull(
@@ -84,7 +87,8 @@ class GenericNode(Node):
             return pull_opaquely(self._handle, cotangents, needed)
         pairs = [(y, c) for y, c in zip(self._outputs, cotangents, strict=True) if c is not None]
         wanted = [x for x, need in zip(self._inputs, needed, strict=True) if need]
-        pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))
+        with self._within():
+            pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))
         return [next(pulled) if need else None for need in needed]
 
     def curvature(self, costate: Tensor) -> Curvature | None:
@@ -109,7 +113,7 @@ class GenericNode(Node):
                 for g, t, is_live in zip(gradients, tangents, live, strict=True)
                 if is_live and g is not None and t is not None
             ]
-            with self._explained():
+            with self._explained(), self._within():
                 return _grad([g for g, _ in pairs], self._inputs, [t for _, t in pairs])
 
         return product
@@ -117,7 +121,7 @@ class GenericNode(Node):
     def _grad_with_graph(self, seeds: Sequence[Tensor]) -> list[Tensor | None]:
         if not self._outputs:
             return [None] * len(self._inputs)
-        with self._explained():
+        with self._explained(), self._within():
             return list(
                 torch.autograd.grad(
                     self._outputs, self._inputs, seeds, create_graph=True, allow_unused=True

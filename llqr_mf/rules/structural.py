@@ -34,11 +34,11 @@ class LinearMapNode(Node):
 
         self._function = function
         # Evaluated at zeros, so that no activation is kept.
-        zeros = [value.new_zeros(1).expand(value.shape) for value in values]
+        zeros = [value.new_zeros(()).expand(value.shape) for value in values]
         outputs, self._pull = torch.func.vjp(function, *zeros)  # type: ignore[misc]
         # One element each, which carries dtype and device of an absent tangent.
-        self._ins = [value.new_zeros(1) for value in values]
-        self._outs = [(output.new_zeros(1), output.shape) for output in outputs]
+        self._ins = [value.new_zeros(()) for value in values]
+        self._outs = [(output.new_zeros(()), output.shape) for output in outputs]
 
     def push(self, tangents: Tangents) -> Tensor:
         """L dx."""

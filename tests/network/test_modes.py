@@ -45,7 +45,8 @@ def test_evaluation_uses_the_statistics():
 def test_everything_is_put_back_after_an_error():
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="on purpose"), curvature_pass(CPU):
-        assert not torch.backends.mha.get_fastpath_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.mha.get_fastpath_enabled()  # nobody needs to touch it
         torch.rand(3)
         raise RuntimeError("on purpose")
     assert torch.equal(torch.get_rng_state(), state)

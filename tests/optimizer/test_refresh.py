@@ -307,7 +307,8 @@ def test_a_subspace_refresh_takes_the_steps_own_problem(monkeypatch):
     net = model()
     optimizer = wrap(net, structure="diagonal", recipe=EXACT, step="subspace", refresh_every=1)
     made, real = [], optimizer._problem
-    monkeypatch.setattr(optimizer, "_problem", lambda *args: made.append(args[2]) or real(*args))
+    spy = lambda *args, **options: made.append(args[2]) or real(*args, **options)  # noqa: E731
+    monkeypatch.setattr(optimizer, "_problem", spy)
     wanted = jacobi(problem_of(net, *batch()))
     optimizer.step(*batch())
     assert made == [0.0]

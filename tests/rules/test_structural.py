@@ -48,6 +48,20 @@ CASES = {
     "pad reflect": (F.pad, (2, 2, 4), ((1, 2),), {"mode": "reflect"}),
     "pad circular": (F.pad, (2, 2, 4, 4), ((1, 2, 1, 1),), {"mode": "circular"}),
     "pad replicate": (F.pad, (2, 2, 4), ((1, 0),), {"mode": "replicate"}),
+    # A learned temperature or gate has no axes.
+    "scalar reshape": (T.reshape, (), (1, 1), {}),
+    "scalar view": (T.view, (), (1,), {}),
+    "scalar unsqueeze": (T.unsqueeze, (), (0,), {}),
+    "scalar expand": (T.expand, (), (3, 2), {}),
+    "scalar repeat": (T.repeat, (), (2, 3), {}),
+    "scalar getitem": (operator.getitem, (), (None,), {}),
+    "scalar sum": (T.sum, (), (), {}),
+    "scalar mean": (torch.mean, (), (), {}),
+    "scalar flatten": (torch.flatten, (), (), {}),
+    "scalar squeeze": (T.squeeze, (), (), {}),
+    "scalar to": (T.to, (), (torch.float64,), {}),
+    "sum to a scalar": (torch.sum, (3,), (0,), {}),
+    "unbind to scalars": (torch.unbind, (3,), (), {}),
 }
 
 
@@ -55,6 +69,10 @@ CASES = {
 def test_linear_maps(name):
     function, shape, args, kwargs = CASES[name]
     assert isinstance(check(function, active(*shape), *args, **kwargs), LinearMapNode)
+
+
+def test_scalars_are_stacked():
+    assert isinstance(check(torch.stack, [active(), normal(), active(seed=2)]), LinearMapNode)
 
 
 @pytest.mark.parametrize("function", [torch.cat, torch.stack])

@@ -1,0 +1,99 @@
+"""A write anywhere in a tensor is noticed, and one that was taken back is forgiven."""
+
+import pytest
+import torch
+from small_models import mlp, normal
+from torch import nn
+
+import llqr_mf as lq
+from llqr_mf.network.snapshot import WIDTH, Snapshot
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
+SHAPES = [(), (7, 3), (WIDTH,), (WIDTH + 2,), (101, 203), (3, 5, 7, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_entry_and_any_exchange_of_rows(dtype, shape):
+    x = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for tensor in (x, x.mT if x.ndim > 1 else x, x[1:] if x.ndim and len(x) > 1 else x):
+        made, old = Snapshot([("w", tensor)]), tensor.clone()
+        assert made.changed(thorough=True) is None
+        for place in {0, tensor.numel() // 2, tensor.numel() - 1}:
+            index = torch.unravel_index(torch.tensor(place), tensor.shape)
+            tensor[index] += 1
+            assert made.changed() == "w"
+            tensor.copy_(old)
+            assert made.changed() is None
+        if tensor.ndim > 1:
+            for turned in (tensor.roll(1, 0), tensor.flip(-1)):
+                tensor.copy_(turned.clone())
+                assert made.changed() == "w"
+                tensor.copy_(old)
+
+
+def test_nan_is_as_it_was_where_its_bits_are():
+    x = torch.full((3 * WIDTH,), float("nan"))
+    made = Snapshot([("w", x)])
+    x.add_(0)
+    assert made.changed() is None
+    x[5] = 0
+    assert made.changed() == "w"
+
+
+@pytest.mark.parametrize("write", [lambda w: w[:, 3].zero_(), lambda w: w[77].add_(1)])
+def test_a_pruned_column_or_a_moved_row_of_a_wide_layer_is_refused(write):
+    model = mlp(4, 100, 120, 3)
+    x, y = normal(6, 4), torch.arange(6) % 3
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="cross_entropy")
+    with torch.no_grad():
+        write(model[2].weight)
+    with pytest.raises(RuntimeError, match=r"2\.weight was written to after"):
+        problem.hessian @ problem.gradient
+
+
+class Scaled(nn.Module):
+    """Reads a buffer, a frozen weight and the statistics of a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.unread = nn.Linear(2, 2)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.head.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.linear(x)) * self.scale))
+
+
+@pytest.mark.parametrize("name", ["scale", "norm.running_var", "head.weight"])
+def test_what_is_read_and_not_trained_is_watched_too(name):
+    model = Scaled().double().eval()
+    model.unread.requires_grad_(False)
+    x, y = normal(6, 4), torch.arange(6) % 3
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="cross_entropy")
+    v = torch.ones_like(problem.gradient)
+    before = problem.hessian @ v
+    with torch.no_grad():
+        model.unread.weight += 1  # no call reads it
+        assert torch.equal(problem.hessian @ v, before)
+        tensor = model.state_dict()[name]
+        old = tensor.clone()
+        tensor.mul_(1.5)
+        with pytest.raises(RuntimeError, match=f"{name} was written to after"):
+            problem.hessian @ v
+        tensor.copy_(old)
+    assert torch.equal(problem.hessian @ v, before)
+
+
+def test_a_batch_from_inference_mode():
+    """Torch does not count writes to it."""
+    model, y = mlp(4, 5, 3), torch.arange(6) % 3
+    with torch.inference_mode():
+        x = normal(6, 4)
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="cross_entropy")
+    assert lq.solve(problem, "cg").status.ok
+    with torch.inference_mode():
+        x[2, 1] += 1
+    with pytest.raises(RuntimeError, match="inputs"):
+        problem.hessian @ problem.gradient
