@@ -3,14 +3,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types clean bench-env
+# A test is small: one thread each, and a process per core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test test-all lint types clean bench-env
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output output
 	$(BIN)/python examples/demo_preconditioners.py --output output
 
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not slow'
+
+# The long grids too.
+test-all: $(STAMP) lint types
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -203,8 +203,14 @@ def test_parameters_of_two_dtypes_or_devices(model):
     model.head.to(torch.float32)
     refused(model, r"parameter 'head\.weight' is torch.float32 on cpu and 'conv1\.weight' is torch")
     model = seeded(ConvNet)
+    layers = lq.split(model)
     model.head.to("meta")
-    refused(model, r"parameter 'head\.weight' is torch.float64 on meta .*move the model")
+    refused(
+        *(model, r"parameter 'head\.weight' is torch.float64 on meta .*move the model"),
+        layers=layers,
+    )
+    with pytest.raises(ValueError, match=r"'head\.weight' is on the meta device"):
+        lq.split(model)
 
 
 def test_a_model_that_draws_numbers_from_numpy():

@@ -20,7 +20,7 @@ from ..operators.tangent import Tangent, from_rows, to_rows
 from ..problem import LQRProblem
 from .checks import check_deterministic, tensors_of
 from .kernel_matrix import closed_form_kernel, kernel, kernel_matrix, output_squares
-from .linearised import linearised, output_width
+from .linearised import linearised
 
 DENSE_SIZE = 8192
 """Most rows of a kernel matrix that is written out by default."""
@@ -76,7 +76,6 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
             raise ValueError("NeuralTangentKernel is one kernel: leave batch_shape out.")
         self._network = _Network(model, input_shape, damping, cuts, columns)
         self.dense_size = dense_size
-        self._width = (-1, 0)
         self._kept_of = self._network.changes
         self._kept: list[_Kept] = []
 
@@ -87,10 +86,7 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """D."""
-        if self._width[0] != self._network.changes:
-            width = output_width(self._network.at(x1[:2]))
-            self._width = self._network.changes, width
-        return self._width[1]
+        return self._network.width(x1)
 
     def forward(
         self,
@@ -127,17 +123,13 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
 
     def _matrix(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor | LinearOperator:
         self._network.refresh()
+        if self._kept_of != self._network.changes:
+            self._kept, self._kept_of = [], self._network.changes
         for kept in self._kept:
-            if kept.is_of(x1, x2) and not self._network.agrees(kept.x1, kept.outputs):
-                self._network.changes += 1
-        self._drop_old()
-        for kept in self._kept:
-            if kept.is_of(x1, x2):
+            if kept.is_of(x1, x2) and self._network.agrees(x1, kept.outputs):
                 return kept.matrix
         problem1 = self._network.at(x1)
         problem2 = problem1 if same else self._network.at(x2)
-        # What these found of the model may be news.
-        self._drop_old()
         made: Tensor | LinearOperator | None = None
         sizes = problem1.system.output_size, problem2.system.output_size
         if max(sizes) <= self.dense_size:
@@ -151,11 +143,6 @@ class NeuralTangentKernel(Kernel):  # type: ignore[misc]
         kept = _Kept(x1.clone(), x2.clone(), problem1.origin.outputs, made)
         self._kept = [kept, *self._kept[: KEPT - 1]]
         return made
-
-    def _drop_old(self) -> None:
-        """Forgets the matrices of a model that has changed."""
-        if self._kept_of != self._network.changes:
-            self._kept, self._kept_of = [], self._network.changes
 
     def _diagonal(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
         if not same:
@@ -241,15 +228,20 @@ class _Network:
     def at(self, x: Tensor) -> LQRProblem:
         """The problem of some inputs."""
         self.refresh()
-        inputs, layers = self._shaped(x), self.kept.layers
-        made = self.kept.use(lambda layers: self._linearised(layers, inputs))
-        self.changes += layers is not self.kept.layers
-        return made
+        inputs = self._shaped(x)
+        return self.kept.use(lambda layers: self._linearised(layers, inputs))
 
     def agrees(self, x: Tensor, outputs: Tensor) -> bool:
         """Whether the model still gives these outputs at some inputs."""
-        run = ModelRun(self.kept.layers[0].program, (self._shaped(x),))
+        run = self._run(x)
         return run.succeeded and close(run.outputs(), outputs)
+
+    def width(self, x: Tensor) -> int:
+        """D, the outputs of one of some inputs."""
+        return int(self._run(x[:1]).outputs().numel())
+
+    def _run(self, x: Tensor) -> ModelRun:
+        return ModelRun(self.kept.layers[0].program, (self._shaped(x),))
 
     def _shaped(self, x: Tensor) -> Tensor:
         return x if self.input_shape is None else x.reshape(len(x), *self.input_shape)

@@ -16,6 +16,7 @@ from llqr_mf.probe.sharpness import Sharpness
 
 X, Y = normal(16, 4), torch.arange(16) % 3
 EXACT = lq.optimizer.Recipe(samples=None, ema=0.0)
+ALONE = lq.optimizer.Subspace(averaging=0.0, check_every=1000)  # no other passes of the model
 TEMPERATURE = {"value": 1.0}
 CALLS = itertools.count(1)
 
@@ -139,6 +140,57 @@ def test_replaced_modules_have_other_parameters():
     replace_module(model)
     wanted = F.cross_entropy(model(X), Y).item()
     assert float(optimizer.step(X, Y)) == pytest.approx(wanted, rel=1e-13)
+
+
+class Sized(nn.Module):
+    """Takes inputs of the width that is set, which the layers of another do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"4": nn.Linear(4, 3), "7": nn.Linear(7, 3)})
+        self.width = 4
+
+    def forward(self, x):
+        return self.inner[str(self.width)](x)
+
+
+def test_layers_that_fail_where_the_model_does_not_are_stale():
+    model, x = seeded(Sized), normal(16, 7)
+    layers = lq.split(model)
+    optimizers = [wrap(model), wrap(model, step="subspace")]
+    for optimizer in optimizers:
+        optimizer.refresh(X, Y)
+    with pytest.raises(ValueError, match=r"failed on this batch: .*$"):
+        lq.LQRProblem.from_network(layers, x, Y, loss="cross_entropy")
+    model.width = 7
+    assert optimizers[0].refresh(x, Y)
+    wanted = F.cross_entropy(model(x), Y).item()
+    assert float(optimizers[1].step(x, Y)) == pytest.approx(wanted, rel=1e-13)
+    with pytest.raises(ValueError, match=r"The model itself takes it: split\(\) again"):
+        lq.LQRProblem.from_network(layers, x, Y, loss="cross_entropy")
+
+
+def test_passes_over_a_share_of_the_samples_take_turns():
+    """A change that some samples alone show is seen within eight steps."""
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.rows = nn.Linear(4, 3), set()
+
+        def forward(self, x):
+            if isinstance(x, torch.Tensor):
+                self.rows |= set(x[:, 0].tolist())
+            return self.linear(x)
+
+    model = seeded(Seen)
+    optimizer = wrap(model, step="subspace", subspace=ALONE)
+    optimizer.step(X, Y)
+    model.rows = set()
+    for step in range(8):
+        assert len(model.rows) == 2 * step
+        optimizer.step(X, Y)
+    assert model.rows == set(X[:, 0].tolist())
 
 
 def test_dropout_rates_and_stochastic_depth():
@@ -307,8 +359,7 @@ def test_a_refresh_costs_one_pass_of_the_model_and_a_step_a_share_of_one():
     optimizer.refresh(None, batches=[(X, Y), (X, Y)])
     assert Counted.samples == 2 * len(X)
 
-    options = lq.optimizer.Subspace(averaging=0.0, check_every=1000)
-    optimizer = wrap(model, step="subspace", subspace=options, refresh_every=1000)
+    optimizer = wrap(model, step="subspace", subspace=ALONE, refresh_every=1000)
     optimizer.step(X, Y)
     optimizer.step(X, Y)
     Counted.samples = 0

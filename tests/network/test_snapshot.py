@@ -9,7 +9,7 @@ import llqr_mf as lq
 from llqr_mf.network.snapshot import WIDTH, Snapshot
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
-SHAPES = [(), (7, 3), (WIDTH,), (WIDTH + 2,), (101, 203), (3, 5, 7, 64)]
+SHAPES = [(), (7, 3), (WIDTH,), (WIDTH + 2,), (101, 203), (3, 5, 7, 64), (3, 4096)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,8 +32,9 @@ def test_any_entry_and_any_exchange_of_rows(dtype, shape):
                 tensor.copy_(old)
 
 
-def test_nan_is_as_it_was_where_its_bits_are():
-    x = torch.full((3 * WIDTH,), float("nan"))
+@pytest.mark.parametrize("size", [7, 3 * WIDTH])
+def test_nan_is_as_it_was_where_its_bits_are(size):
+    x = torch.full((size,), float("nan"))
     made = Snapshot([("w", x)])
     x.add_(0)
     assert made.changed() is None
@@ -58,15 +59,16 @@ class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
-        self.unread = nn.Linear(2, 2)
+        self.unread, self.slope = nn.Linear(2, 2), nn.PReLU()
         self.register_buffer("scale", torch.tensor(2.0))
         self.head.weight.requires_grad_(False)
+        self.slope.requires_grad_(False)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.norm(self.linear(x)) * self.scale))
+        return self.head(torch.tanh(self.slope(self.norm(self.linear(x)) * self.scale)))
 
 
-@pytest.mark.parametrize("name", ["scale", "norm.running_var", "head.weight"])
+@pytest.mark.parametrize("name", ["scale", "norm.running_var", "head.weight", "slope.weight"])
 def test_what_is_read_and_not_trained_is_watched_too(name):
     model = Scaled().double().eval()
     model.unread.requires_grad_(False)

@@ -56,7 +56,7 @@ def test_splits_and_problems_leave_torch_as_it_was():
 
 
 def test_a_model_that_another_thread_runs_meanwhile_gives_tensors():
-    model, other = mlp(4, 6, 3), mlp(4, 8, 3, seed=1)
+    model, other = mlp(4, 6, 3), mlp(4, 8, 3, seed=1, activation=nn.PReLU)
     wanted, done = other(X), threading.Event()
 
     def train():

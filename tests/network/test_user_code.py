@@ -52,7 +52,19 @@ class Frozen(Force):
         return self.force(x)
 
 
-@pytest.mark.parametrize("build", [Force, Inner])
+class OnConstants(nn.Module):
+    """The same of a buffer: no part of the batch comes near it."""
+
+    def __init__(self):
+        super().__init__()
+        self.force, self.head = Frozen(), nn.Linear(4, 3)
+        self.register_buffer("points", torch.randn(1, 4))
+
+    def forward(self, x):
+        return self.head(torch.tanh(x + self.force(self.points)))
+
+
+@pytest.mark.parametrize("build", [Force, Inner, OnConstants])
 def test_a_model_that_differentiates_in_its_forward_pass(build):
     torch.manual_seed(0)
     model = build().double()
