@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .network.checks import (
 )
 from .operators import ControlCost, StateCost, System
 from .operators.apply import checked_operator
+from .operators.output_curvature import OutputCurvature
 from .operators.tangent import Tangent
 from .origin import NetworkOrigin
 
@@ -44,8 +46,12 @@ def network_problem(
     columns: int | None,
     check: bool,
     checkpoint: bool,
+    may_be_flat: bool = False,
 ) -> LQRProblem:
-    """Builds the problem; see `LQRProblem.from_network`."""
+    """Builds the problem; see `LQRProblem.from_network`.
+
+    With `may_be_flat`, curvature that is zero goes without a warning.
+    """
     if columns is not None and columns < 1:
         raise ValueError(f"columns is {columns}: give at least 1 per pass, or None.")
     the_loss, the_metric = get_loss(loss), get_metric(metric)
@@ -83,6 +89,8 @@ def network_problem(
             stages = with_curvature(stages, model.costate)
     system = _system(linearization, stages, proto)
     system = _with_costs(system, layers, model, len(outputs))
+    if not may_be_flat:
+        warn_if_flat(flat_curvature(system))
     names = [layer.name for layer in layers]
     system = replace(system, control_cost=control_cost(damping, system, names))
     linear: list[Tangent] = [
@@ -95,11 +103,32 @@ def network_problem(
         metric=the_metric,
         outputs=outputs,
         loss_value=the_loss.value(outputs, targets).detach(),
+        totals=the_loss.totals(outputs, targets),
         linearization=linearization,
     )
     return cls.__new__(cls)._assemble(
         system, linearization.parameters, linear, None, None, origin, columns
     )
+
+
+def flat_curvature(system: System) -> str | None:
+    """What is zero, if a system has no curvature and that is known."""
+    costs = system.state_costs[-1]
+    if system.curved or len(costs) != 1 or not isinstance(costs[0].operator, OutputCurvature):
+        return None
+    return costs[0].operator.flat
+
+
+def warn_if_flat(what: str | None) -> None:
+    """Warns of curvature that is zero."""
+    if what is not None:
+        warnings.warn(
+            f"{what} is zero, as of a loss that is linear in them, so that a step is the "
+            "gradient divided by the damping: use metric='newton' or 'empirical_fisher', or a "
+            "model that returns logits with a named loss.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _system(linearization: Linearization, stages: Sequence[NetworkStage], proto: Tensor) -> System:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -82,3 +82,18 @@ class Layout:
                     f"the part '{name}' has shape {tuple(parts[name].shape)}, not {tuple(shape)}."
                 )
         return torch.cat([parts[name].reshape(-1) for name in self.names])
+
+
+def check_real(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Trained tensors must not be complex: a step is a vector of real numbers.
+
+    Raises:
+        ValueError: With the parameter's name, and the remedy.
+    """
+    for name, tensor in named:
+        if tensor.is_complex():
+            raise ValueError(
+                f"parameter '{name}' is {tensor.dtype}, and steps are real: hold its real and "
+                "imaginary parts in one real parameter, nn.Parameter(torch.view_as_real(w)), and "
+                "make the complex one in forward with torch.view_as_complex; or freeze it."
+            )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .losses import Loss
+    from .losses.base import Totals
     from .metrics import Metric
     from .network import Layer, Linearization
 
@@ -23,6 +24,7 @@ class NetworkOrigin:
         metric: The metric.
         outputs: The network's outputs on the batch.
         loss_value: The loss there, a mean.
+        totals: What the means over the batch divide by.
         linearization: The linearised calls of every layer.
     """
 
@@ -31,4 +33,5 @@ class NetworkOrigin:
     metric: Metric
     outputs: Tensor
     loss_value: Tensor
+    totals: Totals
     linearization: Linearization

@@ -86,9 +86,12 @@ def required_factor(problem: LQRProblem, what: str) -> OutputCurvature:
     """
     factor = terminal_factor(problem)
     if factor is None or problem.origin is None:
+        reasons = [c.operator for c in problem.system.state_costs[-1]]
+        why = [r for o in reasons if (r := getattr(o, "unfactored", None))]
         raise ValueError(
-            f"{what} need a network's problem whose only cost is at the output, with a "
-            "known factor: use metric='gauss_newton' or 'fisher' with a built-in loss."
+            f"{what} need a network's problem whose only cost is at the output, with a known factor"
+            f"{f' ({why[0]})' if why else ''}: use metric='gauss_newton' or 'fisher' with a "
+            "built-in loss, or with a function that is a mean of terms of single samples."
         )
     return factor
 

@@ -16,14 +16,20 @@ from tqdm import tqdm
 
 from .damping import control_cost
 from .errors import StaleLayersError
+from .from_network import flat_curvature, network_problem, warn_if_flat
 from .losses import get_loss
-from .metrics import get_metric
+from .losses.base import Totals
+from .losses.nothing import Nothing
+from .metrics import Metric, get_metric
+from .metrics.share import Share
 from .network import Layer
 from .network.checks import check_layers
 from .network.snapshot import Snapshot
 from .operators import ControlCost, ControlCostOperator
 from .operators.base import MatrixFreeOperator
+from .operators.output_curvature import at_least_float32
 from .problem import LQRProblem
+from .seeds import mixed
 
 Batch = tuple[Any, Tensor]
 
@@ -39,7 +45,14 @@ class StreamedProblem:
     belong to one batch and are not here; solve with "cg" or "minres". In train mode each batch has
     its own BatchNorm statistics, as in training with such batches, and each product draws the
     same dropout masks. The random state is the same at the start of every pass over the batches,
-    and the caller's is left alone.
+    and the caller's is left alone. Dropout masks and a Monte-Carlo metric's draws are the batch's
+    own, and the same in every pass.
+
+    Every mean is over what it is over in one large batch: the loss and its curvature by positions
+    that count, by their class weights, or by elements, as the loss divides; costs on layers'
+    outputs by samples. A batch in which no target counts is part of the latter alone. A loss or a
+    `Divergence` that is a function is taken for a mean over samples, and a loss is held to it: give
+    `CallableLoss(fn, divisor=...)` for another.
 
     Args:
         layers: All layers of `split(model)`.
@@ -52,7 +65,8 @@ class StreamedProblem:
         progress: Whether to show a progress bar over the batches.
 
     Raises:
-        ValueError: There are no batches, or a `DataLoader` shuffles.
+        ValueError: There are no batches, a `DataLoader` shuffles, no target counts in any batch, or
+            a function's values on parts of a batch do not average to that of the whole.
         RuntimeError: From a product, where the batches are not those of the first pass, or the
             weights not those of then.
     """
@@ -75,6 +89,7 @@ class StreamedProblem:
             )
         self._layers, self._batches, self._columns = layers, batches, columns
         self._marks: list[tuple[Mark, ...]] = []
+        self._parts: list[Totals] = []
         self._passes = 0
         self._loss, self._metric = get_loss(loss), get_metric(metric)
         self._progress = progress
@@ -82,25 +97,42 @@ class StreamedProblem:
         model = layers[0].program.model
         self._weights = Snapshot(read_by(model))
         self._random = RandomState(next(model.parameters()).device)
+        self.totals, value = Totals(), 0.0
+        self.output_shapes: set[torch.Size] = set()
         gradient: Tensor | None = None
-        value = mass = curvature_mass = 0.0
-        first: LQRProblem | None = None
+        doubt: str | None = None
+        flat: list[str | None] = []
         for problem, targets in self._problems(check=True):
-            outputs = problem.origin.outputs  # type: ignore[union-attr]
-            weight = self._loss.mass(outputs, targets)
-            part = problem.gradient * weight
-            gradient = part if gradient is None else gradient.add_(part)
-            value += weight * float(problem.origin.loss_value)  # type: ignore[union-attr]
-            mass += weight
-            curvature_mass += self._metric.mass(self._loss, outputs, targets)
-            first = first or problem
-        if gradient is None or first is None:
+            assert problem.origin is not None
+            outputs = problem.origin.outputs
+            if gradient is None:
+                dtype = problem.dtype
+                gradient = torch.zeros_like(problem.gradient, dtype=at_least_float32(dtype))
+                self.layout, self.owned = problem.layout, problem.system.owned
+                names = [layer.name for layer in layers]
+                self.control_cost = control_cost(damping, problem.system, names)
+            part = problem.origin.totals
+            gradient.add_(problem.gradient.to(gradient.dtype), alpha=part.mass)
+            value += part.mass * float(problem.origin.loss_value)
+            self._parts.append(part)
+            self.totals += part
+            self.output_shapes.add(outputs.shape[1:])
+            doubt = doubt or self._loss.not_a_mean(outputs, targets)
+            if part.mass:
+                flat.append(flat_curvature(problem.system))
+        if gradient is None:
             raise ValueError("batches is empty: give at least one (inputs, targets).")
-        self.gradient = gradient / mass
-        self.loss_value = value / mass
-        self._mass = curvature_mass
-        self.layout, self.owned = first.layout, first.system.owned
-        self.control_cost = control_cost(damping, first.system, [layer.name for layer in layers])
+        if not self.totals.mass:
+            raise ValueError(
+                "no target counts in any of the batches (all are ignored, or of weight zero): "
+                "there is nothing to average."
+            )
+        if doubt is not None and len(self._parts) > 1:
+            raise ValueError(doubt)
+        if all(flat):
+            warn_if_flat(flat[0])
+        self.gradient = (gradient / self.totals.mass).to(dtype)
+        self.loss_value = value / self.totals.mass
 
     def __repr__(self) -> str:
         """What it is of, how large, and by which costs."""
@@ -182,39 +214,44 @@ class StreamedProblem:
     ) -> Tensor:
         """The mean over all batches of an operator of each, without R, times rows (k, n)."""
         total: Tensor | None = None
-        for problem, targets in self._problems(check=False):
-            outputs = problem.origin.outputs  # type: ignore[union-attr]
-            weight = self._metric.mass(self._loss, outputs, targets) / self._mass
-            part = of(problem).times_rows(v, transposed=transposed).mul_(weight)
+        for problem, _ in self._problems(check=False):
+            part = of(problem).times_rows(v, transposed=transposed)
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
 
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
+        """Every batch's problem, without R; in later passes, with its share of the mean."""
         self._weights.check(thorough=True)
         count = 0
         for inputs, targets in self._passed():
             self._recognise(count, inputs, targets, first=check)
+            metric = self._metric.of_batch(count)
+            if not check:
+                metric = Share.of(metric, self._parts[count], self.totals)
             # In a later pass one batch shows whether the model is still the one that was split.
             looks = check or count == self._passes % len(self._marks)
+            with self._random.resumed(batch=count):
+                problem = self._problem(inputs, targets, metric, check=looks)
             count += 1
-            with self._random.resumed():
-                problem = self._problem(inputs, targets, check=looks)
             yield problem, targets
         self._passes += 1
         if count != len(self._marks):
             raise RuntimeError(f"{count} batches came, and {len(self._marks)} in the first pass.")
 
-    def _problem(self, inputs: Any, targets: Tensor, *, check: bool) -> LQRProblem:
+    def _problem(self, inputs: Any, targets: Tensor, metric: Metric, *, check: bool) -> LQRProblem:
+        empty = isinstance(targets, Tensor) and self._loss.is_empty(targets)
         try:
-            return LQRProblem.from_network(
-                self._layers,
-                *(inputs, targets),
-                loss=self._loss,
-                metric=self._metric,
+            return network_problem(
+                LQRProblem,
+                *(self._layers, inputs, targets),
+                loss=Nothing() if empty else self._loss,
+                metric=metric,
                 damping=0.0,
                 columns=self._columns,
                 check=check,
+                checkpoint=False,
+                may_be_flat=True,
             )
         except StaleLayersError as error:
             if not self._passes:
@@ -318,16 +355,23 @@ class RandomState:
         return other
 
     @contextmanager
-    def resumed(self, *, keep: bool = False) -> Iterator[None]:
+    def resumed(self, *, keep: bool = False, batch: int = 0) -> Iterator[None]:
         """Random numbers go on from this state inside, and from the caller's after it.
 
         Args:
             keep: Whether the state at the end is kept, to go on from there the next time.
+            batch: Its number; all but the first have numbers of their own.
         """
         with torch.random.fork_rng(devices=self._gpus):
             torch.set_rng_state(self._cpu)
             for device, state in zip(self._gpus, self._states, strict=True):
                 torch.cuda.set_rng_state(state, device)
+            if batch:
+                seed = mixed(int(torch.randint(2**62, ())), batch)
+                torch.default_generator.manual_seed(seed)
+                for device in self._gpus:
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
             yield
             if keep:
                 self._keep()

@@ -42,11 +42,14 @@ class OuterCurvature(OutputCurvature):
         return self._gather(v).to(v.dtype)
 
     def _gather(self, v: Tensor) -> Tensor:
-        x = v.reshape(len(v), self.samples, self.width)
-        return torch.einsum("knd,ndr->krn", x.to(self._wide(x)), self.vectors)
+        x, vectors = self._wide(v.reshape(len(v), self.samples, self.width))
+        return torch.einsum("knd,ndr->krn", x, vectors)
 
     def _spread(self, z: Tensor) -> Tensor:
-        return torch.einsum("krn,ndr->knd", z.to(self._wide(z)), self.vectors).flatten(1)
+        z, vectors = self._wide(z)
+        return torch.einsum("krn,ndr->knd", z, vectors).flatten(1)
 
-    def _wide(self, x: Tensor) -> torch.dtype:
-        return torch.promote_types(x.dtype, self.vectors.dtype)
+    def _wide(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates and vectors in the wider dtype of the two: solvers hold float64 ones."""
+        dtype = torch.promote_types(x.dtype, self.vectors.dtype)
+        return x.to(dtype), self.vectors.to(dtype)

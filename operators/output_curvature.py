@@ -22,6 +22,8 @@ class OutputCurvature(MatrixFreeOperator):
         samples: N.
         width: D.
         rank: r, the columns of each sample's factor; None where no factor is known.
+        unfactored: Why there is none, where that was looked into.
+        flat: What it is, where it was found to be zero.
     """
 
     symmetric = True
@@ -29,6 +31,8 @@ class OutputCurvature(MatrixFreeOperator):
     samples: int
     width: int
     rank: int | None
+    unfactored: str | None = None
+    flat: str | None = None
 
     def _sizes(self) -> tuple[int, int]:
         n = self.samples * self.width
@@ -61,9 +65,10 @@ class OutputCurvature(MatrixFreeOperator):
         return self.factor(z).reshape(k, self.samples, self.width)
 
     def _no_factor(self) -> NotImplementedError:
+        reason = f" ({self.unfactored})" if self.unfactored else ""
         return NotImplementedError(
-            f"{type(self).__name__} has no known factor L with Q = L L' (its rank is None): use a "
-            "method that needs only products with Q, or a loss or metric with a closed form."
+            f"{type(self).__name__} has no known factor L with Q = L L' (rank is None){reason}: "
+            "use a method that needs only products with Q, or a loss or metric with a closed form."
         )
 
 

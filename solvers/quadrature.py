@@ -248,7 +248,10 @@ def bracket(
         nodes = nodes if lower is None else nodes.clamp(min=lower)
         return (weights * values_on(nodes, function)).sum(-1)
 
-    value = integral(*gauss(diagonal, off))
+    nodes, weights = gauss(diagonal, off)
+    if lower is not None:
+        _check_lower(lower, nodes, rounding)
+    value = integral(nodes, weights)
     if lower is None:
         if diagonal.shape[-1] == 1:
             return value, _error_of_one_step(diagonal[..., 0], value, coupling, function)
@@ -260,6 +263,18 @@ def bracket(
         off = torch.cat([off, coupling.unsqueeze(-1)], -1)
     other = integral(*gauss_radau(diagonal, off, lower, rounding=rounding))
     return (value + other) / 2, (value - other).abs() / 2
+
+
+def _check_lower(lower: float, nodes: Tensor, rounding: float) -> None:
+    """Refuses a lower bound that a node, which is not below the spectrum, is seen to be under."""
+    scale = nodes.abs().max().clamp(min=abs(lower))
+    # Written so that NaN is refused, too.
+    if not bool(nodes.min() >= lower - SLACK * rounding * scale):
+        raise ValueError(
+            f"lower={lower:.6g} is no bound of the spectrum: there are eigenvalues down to "
+            f"{float(nodes.min()):.6g} and up to {float(nodes.max()):.6g}. Give a lower one, or "
+            "None."
+        )
 
 
 def values_on(nodes: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -34,6 +34,16 @@ def dense_solution(problem, b=None):
 # ---- auto and its reasons
 
 
+def kl(y, z):
+    p = z.softmax(-1)
+    return (p * (z.log_softmax(-1) - y.log_softmax(-1))).sum(-1).mean()
+
+
+def coupled(y, z):
+    """Samples move each other."""
+    return kl(y, z) + (y - z).mean(0).square().sum()
+
+
 @pytest.mark.parametrize(
     "options, method, reason",
     [
@@ -45,6 +55,10 @@ def dense_solution(problem, b=None):
         ({"metric": StateCosts({0: 0.1})}, "cg", "not one terminal cost with a known factor"),
         (
             {"metric": Divergence(lambda y, z: (y - z).square().mean())},
+            *("dual", "the Gram matrix has a closed form with N r = 12 rows"),
+        ),
+        (
+            {"metric": Divergence(coupled, stationary=True)},
             *("cg", "not one terminal cost with a known factor"),
         ),
         ({"damping": [0.1, 0, 0.1, 0, 0.0]}, "cg", "damping is an operator, or not positive"),
@@ -132,17 +146,13 @@ def test_methods_that_need_positive_costs_name_one_that_does_not(method, options
         lq.solve(problem, method)
 
 
-def test_methods_that_need_a_factor_find_that_of_a_small_matrix():
-    """A user's convex divergence has no known factor."""
-    problem = build(metric=Divergence(kl, stationary=True))
+@pytest.mark.parametrize("divergence", [kl, coupled])
+def test_methods_that_need_a_factor_find_that_of_a_small_matrix(divergence):
+    """A user's convex divergence has one of its samples, or of the whole where they are coupled."""
+    problem = build(metric=Divergence(divergence, stationary=True))
     for method in ("dual", "low_rank"):
         solution = lq.solve(problem, method, rtol=1e-10)
         assert relative(solution.step, dense_solution(problem)) < 1e-8
-
-
-def kl(y, z):
-    p = z.softmax(-1)
-    return (p * (z.log_softmax(-1) - y.log_softmax(-1))).sum(-1).mean()
 
 
 def test_sizes_that_are_too_large_are_said_before_anything_is_formed(monkeypatch):
@@ -150,7 +160,7 @@ def test_sizes_that_are_too_large_are_said_before_anything_is_formed(monkeypatch
     with pytest.raises(ValueError, match=r"matrices of size 30 > 29: use method='cg' or 'dual'"):
         lq.solve(build(), "riccati")
     monkeypatch.setattr(FACTORS, "DUAL_SIZE", 11)
-    problem = build(metric=Divergence(kl, stationary=True))
+    problem = build(metric=Divergence(coupled, stationary=True))
     with pytest.raises(ValueError, match=r"small enough to factor \(at most 11\)"):
         lq.solve(problem, "dual")
     with pytest.raises(ValueError, match=r"too large \(12\) to be factored densely"):

@@ -80,8 +80,8 @@ class Laplace:
         scale: s.
 
     Raises:
-        ValueError: The problem is not such a one, an option does not fit, "dual" has no Gram
-            matrix, or outputs are random or depend on the rest of their batch.
+        ValueError: The problem is not such a one or in half precision, an option does not fit,
+            "dual" has no Gram matrix, or outputs are random or depend on the rest of their batch.
         RuntimeError: The weights or the data changed since the problem was made.
     """
 
@@ -98,6 +98,12 @@ class Laplace:
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: choose 'auto', 'dual' or 'cg'.")
         self.likelihood = likelihood_of(problem)
+        if problem.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the problem is {problem.dtype}: a posterior covariance is a small difference of "
+                "kernels, of which that leaves few digits. Convert the model, model.float(), and "
+                "the inputs, and make a new problem."
+            )
         self.noise = self.likelihood.checked_noise(noise)
         self.scale = float(self.likelihood.scale(self.noise))
         cost = prior_cost(problem, prior_precision, self.scale)
@@ -146,10 +152,11 @@ class Laplace:
 
     def __repr__(self) -> str:
         noise = "" if self.noise is None else f", noise={self.noise:.4g}"
+        outputs = self.likelihood.width or "of every length"
         delta = self.prior_precision
         prior = f"{delta:.4g}" if isinstance(delta, float) else "by parameter"
         return (
-            f"Laplace(loss='{self.likelihood.loss_name}', outputs={self.likelihood.width}, "
+            f"Laplace(loss='{self.likelihood.loss_name}', outputs={outputs}, "
             f"weights={self.posterior.problem.size}, prior_precision={prior}{noise}, "
             f"method='{self.method}')"
         )
@@ -255,10 +262,14 @@ class Laplace:
             seed: Of those.
 
         Raises:
-            ValueError: The loss is "mse", or outputs have more than one position.
+            ValueError: The loss is "mse" or a function, or outputs have more than one position.
         """
         if self.likelihood.gaussian:
             raise ValueError("the loss is 'mse', which has no classes: use predict(inputs).")
+        if self.likelihood.function:
+            raise ValueError(
+                "the loss is a function, of whose classes nothing is known: use predict(inputs)."
+            )
         problem, covariance = self._predicted(inputs)
         assert problem.origin is not None
         mean = problem.origin.outputs
@@ -314,12 +325,10 @@ class Laplace:
         """Adds J'L e for every batch of the data."""
         problem = self.posterior.problem
         if isinstance(problem, LQRProblem):
-            _add_noise_of(problem, rows, 1.0, which, seed, 1)
+            _add_noise_of(problem, rows, which, seed, 1)
             return
-        for batch, (part, targets) in enumerate(problem._problems(check=False)):
-            assert part.origin is not None
-            weight = problem._metric.mass(problem._loss, part.origin.outputs, targets)
-            _add_noise_of(part, rows, weight / problem._mass, which, seed, batch + 1)
+        for batch, (part, _) in enumerate(problem._problems(check=False)):
+            _add_noise_of(part, rows, which, seed, batch + 1)
 
     def _predicted(self, inputs: Any) -> tuple[LQRProblem, Covariance]:
         self.check()
@@ -329,7 +338,7 @@ class Laplace:
             raise RuntimeError(
                 f"the network is no longer that of the posterior: make a new problem. {error}"
             ) from error
-        if output_width(new) != self.likelihood.width:
+        if self.likelihood.width not in (output_width(new), None):
             raise ValueError(
                 f"the network has {output_width(new)} outputs per sample at these inputs and had "
                 f"{self.likelihood.width} on the data: give inputs of the same shape."
@@ -339,9 +348,7 @@ class Laplace:
             return damped, self.posterior.covariance(damped)
 
 
-def _add_noise_of(
-    problem: LQRProblem, rows: Tensor, weight: float, which: range, seed: int, batch: int
-) -> None:
+def _add_noise_of(problem: LQRProblem, rows: Tensor, which: range, seed: int, batch: int) -> None:
     factor = terminal_factor(problem)
     if not isinstance(factor, OutputCurvature) or factor.rank is None:
         raise ValueError(
@@ -354,4 +361,4 @@ def _add_noise_of(
     costate = factor.factor(noise.reshape(len(noise), factor.rank, factor.samples))
     system = problem.system
     shapes = system.state_shapes(system.horizon)
-    rows.add_(system.output_product_t(from_rows(costate, shapes), len(rows)), alpha=weight**0.5)
+    rows.add_(system.output_product_t(from_rows(costate, shapes), len(rows)))

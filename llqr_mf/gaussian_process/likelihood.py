@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..losses import Loss
 from ..losses.bce import BCEWithLogits
+from ..losses.callable import CallableLoss
 from ..losses.cross_entropy import CrossEntropy
 from ..losses.mse import MeanSquaredError
 from ..metrics.base import Metric
@@ -36,31 +37,34 @@ class Likelihood:
     | "cross_entropy" | categorical | N, the positions that count | 0 |
     | "bce_with_logits" | Bernoulli | N D | 0 |
     | "mse", a mean of N D squares | Gaussian, variance v | N D / (2 v) | (N D / 2) log(2 pi v) |
+    | a function, the mean of -log p(y_n | f_n) | its own | N, or its divisor | 0 |
 
     So the posterior's precision
     Lambda = sum_n J_n' H_n J_n + delta I is s times a problem's Hessian with the damping delta / s:
     a problem with damping R stands for the prior precision s R.
 
     Args:
-        mass: N, or what else the loss's mean divides by, but for the D of "mse".
+        mass: What the loss's mean divides by: N, positions, or N D elements.
         loss_value: The mean loss.
-        width: D.
+        width: D; None where batches have sequences of different lengths.
         gaussian: Whether a noise belongs to it.
         bernoulli: Whether outputs are logits of their own.
+        function: Whether it is a function's, of whose outputs nothing more is known.
     """
 
     mass: float
     loss_value: float
-    width: int
+    width: int | None
     gaussian: bool
     bernoulli: bool
+    function: bool = False
 
     def scale(self, noise: float | Tensor | None = None) -> float | Tensor:
         """The factor s; `noise` is the variance v."""
         if not self.gaussian:
             return self.mass
         assert noise is not None
-        return self.mass * self.width / (2 * noise)
+        return self.mass / (2 * noise)
 
     def log_likelihood(self, noise: float | Tensor | None = None) -> Tensor:
         """Log p(D | theta), float64; of the shape of `noise`."""
@@ -68,14 +72,15 @@ class Likelihood:
             return torch.tensor(-self.mass * self.loss_value, dtype=torch.float64)
         assert noise is not None
         v = torch.as_tensor(noise, dtype=torch.float64)
-        count = self.mass * self.width
-        return -count / 2 * (self.loss_value / v + torch.log(2 * math.pi * v))
+        return -self.mass / 2 * (self.loss_value / v + torch.log(2 * math.pi * v))
 
     @property
     def loss_name(self) -> str:
-        """As `LQRProblem.from_network` takes it."""
+        """As `LQRProblem.from_network` takes it, for messages."""
         if self.gaussian:
             return "mse"
+        if self.function:
+            return "a function"
         return "bce_with_logits" if self.bernoulli else "cross_entropy"
 
     def checked_noise(self, noise: Any) -> float | None:
@@ -98,10 +103,10 @@ def likelihood_of(problem: LQRProblem | StreamedProblem) -> Likelihood:
             Gauss-Newton or the Fisher one.
     """
     loss, metric = _loss_and_metric(problem)
-    if not isinstance(loss, CrossEntropy | MeanSquaredError | BCEWithLogits):
+    if not isinstance(loss, CrossEntropy | MeanSquaredError | BCEWithLogits | CallableLoss):
         raise ValueError(
             f"the loss is a {type(loss).__name__}, of which no likelihood is known: use 'mse', "
-            "'cross_entropy' or 'bce_with_logits'."
+            "'cross_entropy', 'bce_with_logits', or a function that is the mean of -log p."
         )
     if not isinstance(metric, GaussNewton | Fisher):
         raise ValueError(
@@ -116,21 +121,23 @@ def likelihood_of(problem: LQRProblem | StreamedProblem) -> Likelihood:
     if getattr(loss, "weight", None) is not None or getattr(loss, "pos_weight", None) is not None:
         raise ValueError("the loss has weights, and is no likelihood: leave them out.")
     if isinstance(problem, StreamedProblem):
-        first, targets = next(iter(problem._problems(check=False)))
-        if isinstance(loss, CrossEntropy) and targets.is_floating_point():
+        if isinstance(loss, CrossEntropy):
             _check_sums(problem, loss)
-        mass, value = problem._mass, problem.loss_value
+        mass, value = problem.totals.mass, problem.loss_value
+        shapes = problem.output_shapes
     else:
-        first = problem
+        assert problem.origin is not None
         mass = _count(problem, loss)
-        value = float(problem.origin.loss_value)  # type: ignore[union-attr]
-    assert first.origin is not None
+        value = float(problem.origin.loss_value)
+        shapes = {problem.origin.outputs.shape[1:]}
+    widths = {math.prod(shape) for shape in shapes}
     return Likelihood(
         mass,
         value,
-        math.prod(first.origin.outputs.shape[1:]),
+        widths.pop() if len(widths) == 1 else None,
         gaussian=isinstance(loss, MeanSquaredError),
         bernoulli=isinstance(loss, BCEWithLogits),
+        function=isinstance(loss, CallableLoss),
     )
 
 
@@ -181,11 +188,10 @@ def _loss_and_metric(problem: LQRProblem | StreamedProblem) -> tuple[Loss, Metri
 
 
 def _count(problem: LQRProblem, loss: Loss) -> float:
-    """What the mean divides by; read off the curvature's weights, as targets are not kept."""
+    """What the mean divides by; for classes read off the curvature, as targets are not kept."""
     assert problem.origin is not None
-    outputs = problem.origin.outputs
     if not isinstance(loss, CrossEntropy):
-        return float(loss.count(outputs, outputs))
+        return problem.origin.totals.mass
     curvature = terminal_factor(problem)
     # Without class weights every metric that is let through has this curvature.
     assert isinstance(curvature, SoftmaxCurvature)
@@ -199,7 +205,10 @@ def _count(problem: LQRProblem, loss: Loss) -> float:
 
 def _check_sums(problem: StreamedProblem, loss: CrossEntropy) -> None:
     """As `_count` for target probabilities: they add up to one in all batches."""
-    for _, targets in problem._problems(check=False):
+    for _, targets in problem._passed():
+        if not targets.is_floating_point():
+            return
+        targets = loss._probabilities(targets)
         mass = loss._mass(targets.double(), targets, loss._axis(targets, targets))
         if bool(((mass - 1).abs() > MASS_SPREAD).any()):
             raise _not_normalised()

@@ -4,6 +4,7 @@ from .base import Loss
 from .bce import BCEWithLogits
 from .callable import CallableLoss
 from .cross_entropy import CrossEntropy
+from .log_probabilities import KLDivergence, NegativeLogLikelihood
 from .lookup import LossSpec, get_loss, loss_names
 from .mse import MeanSquaredError
 
@@ -11,9 +12,11 @@ __all__ = [
     "BCEWithLogits",
     "CallableLoss",
     "CrossEntropy",
+    "KLDivergence",
     "Loss",
     "LossSpec",
     "MeanSquaredError",
+    "NegativeLogLikelihood",
     "get_loss",
     "loss_names",
 ]

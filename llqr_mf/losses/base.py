@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,31 @@ from torch import Tensor
 from llqr_mf.operators.output_curvature import OutputCurvature
 
 from .checks import plain, widen
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the means over a batch divide by; those of several batches add up.
+
+    Args:
+        samples: N.
+        draws: `Loss.count`.
+        mass: `Loss.mass`.
+        fisher: `Loss.fisher_mass`.
+    """
+
+    samples: int = 0
+    draws: float = 0.0
+    mass: float = 0.0
+    fisher: float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.samples + other.samples,
+            self.draws + other.draws,
+            self.mass + other.mass,
+            self.fisher + other.fisher,
+        )
 
 
 class Loss(ABC):
@@ -42,6 +68,27 @@ class Loss(ABC):
         """What the mean divides by, so that means over batches can be averaged."""
         return float(self.count(outputs, targets))
 
+    def fisher_mass(self, outputs: Tensor, targets: Tensor) -> float:
+        """What the mean in `fisher` divides by."""
+        return float(self.count(outputs, targets))
+
+    def totals(self, outputs: Tensor, targets: Tensor) -> Totals:
+        """All that means over this batch divide by."""
+        return Totals(
+            len(outputs),
+            float(self.count(outputs, targets)),
+            self.mass(outputs, targets),
+            self.fisher_mass(outputs, targets),
+        )
+
+    def is_empty(self, targets: Tensor) -> bool:
+        """Whether nothing among the targets counts, so that this batch has no mean."""
+        return False
+
+    def not_a_mean(self, outputs: Tensor, targets: Tensor) -> str | None:
+        """What speaks against averaging values over batches by `mass`, if that is not known."""
+        return None
+
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gradient of the mean in the outputs, of their shape and dtype."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -54,6 +101,10 @@ class Loss(ABC):
     @abstractmethod
     def hessian(self, outputs: Tensor, targets: Tensor) -> OutputCurvature:
         """The Hessian of the mean in the outputs, shape (N*D, N*D)."""
+
+    def gauss_newton(self, outputs: Tensor, targets: Tensor) -> OutputCurvature:
+        """The Hessian, positive semidefinite and with a factor where that can be had."""
+        return self.hessian(outputs, targets)
 
     @abstractmethod
     def fisher(self, outputs: Tensor, targets: Tensor) -> OutputCurvature:

@@ -119,6 +119,17 @@ class CrossEntropy(Loss):
         """The class weights of the counted positions, added up."""
         return float(self._normaliser(widen(outputs), targets))
 
+    def is_empty(self, targets: Tensor) -> bool:
+        """Whether all positions are ignored, or of classes without weight."""
+        if targets.is_floating_point():
+            return False
+        index = targets.long()
+        index = index[index != self.ignore_index]
+        if self.weight is None or not len(index):
+            return not len(index)
+        known = bool(((index >= 0) & (index < len(self.weight))).all())
+        return known and not bool(self.weight.to(index.device)[index].any())
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean, exactly as torch's."""
         axis = self._axis(outputs, targets)
@@ -197,6 +208,10 @@ class CrossEntropy(Loss):
             f"targets are {kind} of shape {tuple(wanted)} and outputs have shape {tuple(shape)}: "
             f"such targets must have shape {choices} (class_dim={self.class_dim}), so {remedy}."
         )
+
+    def _probabilities(self, targets: Tensor) -> Tensor:
+        """Floating-point targets as probabilities."""
+        return targets
 
     def _class_weights(self, wide: Tensor) -> Tensor | None:
         return None if self.weight is None else plain(self.weight).to(wide)

@@ -41,6 +41,14 @@ class MeanSquaredError(Loss):
         """N."""
         return len(outputs)
 
+    def mass(self, outputs: Tensor, targets: Tensor) -> float:
+        """N*D, also where D, a sequence's length times its width, differs between batches."""
+        return float(outputs.numel())
+
+    def fisher_mass(self, outputs: Tensor, targets: Tensor) -> float:
+        """N*D, as of the Hessian, which it is."""
+        return float(outputs.numel())
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over N*D squares."""
         wide = widen(outputs)

@@ -11,6 +11,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from llqr_mf.losses import Loss
+from llqr_mf.losses.base import Totals
 from llqr_mf.operators.output_curvature import OutputCurvature
 
 StateCostSpec: TypeAlias = float | LinearOperator | Tensor
@@ -54,9 +55,18 @@ class Metric(ABC):
         """Whether `costate` may be more than None: whether layers must keep second derivatives."""
         return type(self).costate is not Metric.costate
 
-    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
-        """What the curvature's mean divides by, so that means over batches can be averaged."""
-        return float(loss.count(outputs, targets))
+    def mass(self, totals: Totals) -> float:
+        """What the curvature's mean divides by on data with these totals.
+
+        Data that come in batches have a mean, too: that of each batch times its mass is added up
+        and divided by the mass of them all. So a mass is a function of totals that makes a sum of
+        the product with the curvature; it need not be one itself.
+        """
+        return totals.fisher
+
+    def of_batch(self, place: int) -> Metric:
+        """The metric for batch number `place` of many: one that draws, draws anew for each."""
+        return self
 
     @property
     def state_costs(self) -> Mapping[str | int, StateCostSpec]:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from llqr_mf.losses import Loss
+from llqr_mf.losses.base import Totals
 from llqr_mf.losses.checks import check_scalar, plain, widen
 from llqr_mf.operators.closure_curvature import ClosureCurvature
+from llqr_mf.operators.output_blocks import positive_part
+from llqr_mf.operators.output_curvature import OutputCurvature
 
 from .base import Metric
 
@@ -31,12 +34,13 @@ class Divergence(Metric):
     _: KW_ONLY
     stationary: bool | None = None
 
-    def terminal(self, loss: Loss, outputs: Tensor, targets: Tensor) -> ClosureCurvature:
-        """The divergence's Hessian, shape (N*D, N*D)."""
+    def terminal(self, loss: Loss, outputs: Tensor, targets: Tensor) -> OutputCurvature:
+        """The divergence's Hessian, shape (N*D, N*D); with a factor where samples are apart."""
         curvature = self._curvature(outputs)
         ones = widen(plain(outputs)).new_ones(1, outputs.numel())
         self._check_finite(curvature.product(ones), "Hessian")
-        return curvature
+        what = f"the Hessian of divergence {self.fn!r} in the outputs"
+        return positive_part(curvature, what, clip=False)
 
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The divergence's gradient, of the outputs' shape; None if it is rounding only."""
@@ -77,6 +81,6 @@ class Divergence(Metric):
                 "(y - y0).square().sum() for norm(y - y0)**2."
             )
 
-    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+    def mass(self, totals: Totals) -> float:
         """The number of samples."""
-        return float(len(outputs))
+        return float(totals.samples)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llqr_mf.losses import Loss
+from llqr_mf.losses.base import Totals
 from llqr_mf.operators.outer_curvature import OuterCurvature
 from llqr_mf.operators.output_curvature import OutputCurvature
 
+from ..seeds import mixed
 from .base import Metric
 
 _KINDS = ("exact", "monte_carlo", "empirical")
@@ -29,6 +31,7 @@ class Fisher(Metric):
         samples: Draws per sample, for "monte_carlo".
         seed: Seed of the draws, for "monte_carlo": the same seed draws the same on the same
             outputs, so take another one per step (`dataclasses.replace(metric, seed=...)`).
+            Batches of a `StreamedProblem` have draws of their own.
     """
 
     kind: Literal["exact", "monte_carlo", "empirical"] = "exact"
@@ -53,5 +56,22 @@ class Fisher(Metric):
             vectors = loss.sample_gradients(outputs, targets, self.samples, generator)
         else:
             vectors = loss.per_sample_gradients(outputs, targets).unsqueeze(-1)
-        total = vectors.shape[-1] * loss.count(outputs, targets)
+        # At least one: where nothing counts the vectors are zero.
+        total = vectors.shape[-1] * max(1, loss.count(outputs, targets))
         return OuterCurvature(outputs.new_empty(0), vectors=vectors / total**0.5)
+
+    def mass(self, totals: Totals) -> float:
+        """The loss's `fisher_mass`; mass^2 / draws for the empirical one.
+
+        A sample's gradient there is draws / mass times one that does not depend on the others, and
+        the sum of their squares is divided by draws.
+        """
+        if self.kind != "empirical":
+            return totals.fisher
+        return totals.mass**2 / totals.draws if totals.draws else 0.0
+
+    def of_batch(self, place: int) -> Fisher:
+        """With a seed of its own for every batch but the first."""
+        if self.kind != "monte_carlo" or not place:
+            return self
+        return replace(self, seed=mixed(self.seed, place))

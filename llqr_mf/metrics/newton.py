@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llqr_mf.losses import Loss
+from llqr_mf.losses.base import Totals
 from llqr_mf.operators.output_curvature import OutputCurvature
 
 from .base import Metric
@@ -28,6 +29,6 @@ class Newton(Metric):
         """The loss's gradient, of the outputs' shape."""
         return loss.gradient(outputs, targets)
 
-    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+    def mass(self, totals: Totals) -> float:
         """That of the loss, whose Hessian this is."""
-        return loss.mass(outputs, targets)
+        return totals.mass

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llqr_mf.losses import Loss
+from llqr_mf.losses.base import Totals
 from llqr_mf.operators.diagonal_curvature import DiagonalCurvature
 from llqr_mf.operators.output_curvature import at_least_float32
 
@@ -25,6 +26,6 @@ class SquaredError(Metric):
         )
         return DiagonalCurvature(outputs.new_empty(0), diagonal=h.expand(outputs.shape))
 
-    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+    def mass(self, totals: Totals) -> float:
         """The number of samples."""
-        return float(len(outputs))
+        return float(totals.samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from llqr_mf.losses import Loss
+from llqr_mf.losses.base import Totals
 from llqr_mf.operators.output_curvature import OutputCurvature
 
 from .base import Metric, StateCostSpec
@@ -68,9 +69,13 @@ class StateCosts(Metric):
         """The base's."""
         return self.base.may_curve
 
-    def mass(self, loss: Loss, outputs: Tensor, targets: Tensor) -> float:
+    def mass(self, totals: Totals) -> float:
         """The base's."""
-        return self.base.mass(loss, outputs, targets)
+        return self.base.mass(totals)
+
+    def of_batch(self, place: int) -> StateCosts:
+        """With the base's draws."""
+        return replace(self, base=self.base.of_batch(place))
 
     def costate(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The base's p_T, of the outputs' shape."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import NotFiniteError, StaleLayersError
+from ..layout import check_real
 from .copies import shared_copy
 from .modes import curvature_pass
 from .split import Layer
@@ -43,8 +44,10 @@ def check_layers(layers: Sequence[Layer]) -> None:
             f"'{changed}' was switched between train() and eval() after split(): call split() "
             "again."
         )
-    if not any(p.requires_grad for p in program.model.parameters()):
+    trained = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
+    if not trained:
         raise ValueError("the model has no parameter with requires_grad=True: nothing to step.")
+    check_real(trained)
 
 
 def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None:
@@ -102,11 +105,17 @@ def check_batch(program: Program, inputs: tuple[Any, ...], targets: Any) -> None
 
 
 def check_finite(model: nn.Module, outputs: Tensor) -> None:
-    """No NaN, and no infinity but the -inf that masks a class.
+    """Real, and no NaN, and no infinity but the -inf that masks a class.
 
     Raises:
+        ValueError: The outputs are complex.
         NotFiniteError: With the parameter that causes it, if one does.
     """
+    if outputs.is_complex():
+        raise ValueError(
+            f"the model's outputs are {outputs.dtype}, and curvature is of real ones: let it "
+            "return torch.view_as_real(outputs), and give such targets."
+        )
     if bool((outputs.isnan() | outputs.isposinf()).any()):
         bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
         cause = f"parameter '{bad[0]}' is not finite" if bad else "the forward pass overflows"

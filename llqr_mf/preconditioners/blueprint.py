@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..layout import Layout
+from ..layout import Layout, check_real
 
 if TYPE_CHECKING:
     from ..problem import LQRProblem
@@ -92,6 +92,7 @@ def vocabulary_sides(model: nn.Module) -> dict[str, int]:
 def _of_tensors(named: dict[str, Tensor], vocabulary: Mapping[str, int]) -> Blueprint:
     if not named:
         raise ValueError("there is no trainable parameter: give one with requires_grad=True.")
+    check_real(named.items())
     first = next(iter(named.values()))
     dtype = first.dtype
     for tensor in named.values():

@@ -58,11 +58,10 @@ def diagonal(
     """
     if method not in LEAST:
         raise ValueError(f"method={method!r}: choose {', '.join(map(repr, LEAST))}.")
-    operator = symmetric_operator(A)
-    size = operator.shape[-1]
+    size = symmetric_operator(A).shape[-1]
     check_products(products, LEAST[method], size, f"{method=}")
     probed = Probed(
-        operator,
+        A,
         seed=seed,
         probes=probes,
         columns=default_columns(columns, size),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ..seeds import mixed
 
 Kind: TypeAlias = Literal["rademacher", "gaussian", "spherical"]
 """Signs, standard normals, or uniform on the sphere of radius sqrt(n); all have covariance I."""
@@ -23,7 +24,7 @@ def draw(kind: Kind, size: int, indices: range, seed: int, proto: Tensor) -> Ten
     """Rows (k, n) of vectors number `indices` of a seed, with the dtype and device of `proto`."""
     rows = torch.empty(len(indices), size, dtype=proto.dtype, device=proto.device)
     for row, index in zip(rows, indices, strict=True):
-        generator = torch.Generator(proto.device).manual_seed(_mixed(seed, index))
+        generator = torch.Generator(proto.device).manual_seed(mixed(seed, index))
         if kind == "rademacher":
             row.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
         else:
@@ -31,8 +32,3 @@ def draw(kind: Kind, size: int, indices: range, seed: int, proto: Tensor) -> Ten
             if kind == "spherical":
                 row.mul_(size**0.5 / torch.linalg.vector_norm(row, dtype=torch.float64))
     return rows
-
-
-def _mixed(seed: int, index: int) -> int:
-    """A seed of its own for every index."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)

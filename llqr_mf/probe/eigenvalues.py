@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from ..operators.apply import as_operator
@@ -16,7 +17,7 @@ from ..solvers.lobpcg import lobpcg
 from ..solvers.product import RowProduct
 from ..solvers.ritz import RitzPairs, State, Which
 from .journal import Journal
-from .probed import Probeable, Probed
+from .probed import Probeable, Probed, symmetric_operator
 
 Method = Literal["lanczos", "lobpcg"]
 
@@ -130,7 +131,8 @@ def eigenvalues(
         seed: Of the random start: the same seed gives the same bits.
         progress: Whether to show a progress bar.
         checkpoint: A folder to keep what is done in, at every restart (LOBPCG: every 10
-            iterations), and to go on from; `max_products` may differ then.
+            iterations), and to go on from, with the same `initial` and `preconditioner`;
+            `max_products` may differ then.
 
     Returns:
         The pairs. A RuntimeWarning says so where some have not converged.
@@ -147,6 +149,7 @@ def eigenvalues(
         raise ValueError("LOBPCG multiplies all its vectors at once: set basis=, not block=.")
     if isinstance(preconditioner, Tensor):
         preconditioner = as_operator(preconditioner)
+    start = None if initial is None else _initial_rows(initial, symmetric_operator(A))
     header = {
         "estimator": "eigenvalues",
         "k": k,
@@ -155,10 +158,18 @@ def eigenvalues(
         "block": block,
         "basis": basis,
         "preconditioned": preconditioner is not None,
+        "initial": 0 if start is None else len(start),
         "rtol": rtol,
     }
-    probed = Probed(A, seed=seed, probes="gaussian", checkpoint=checkpoint, header=header)
-    start = None if initial is None else _initial_rows(initial, probed)
+    probed = Probed(
+        A,
+        seed=seed,
+        probes="gaussian",
+        checkpoint=checkpoint,
+        header=header,
+        started_from=start,
+        preconditioner=preconditioner,
+    )
     state, keep = journaled(probed.journal)
     if method == "lanczos":
         found = lanczos(
@@ -231,14 +242,13 @@ def not_converged(found: RitzPairs) -> str:
     return text + "rounding of the products leaves no more: allow a larger rtol, or use float64."
 
 
-def _initial_rows(initial: Tensor, probed: Probed) -> Tensor:
+def _initial_rows(initial: Tensor, A: LinearOperator) -> Tensor:
     """Columns as rows.
 
     Raises:
         ValueError: They do not fit the operator.
     """
-    if initial.ndim != 2 or initial.shape[0] != probed.size or initial.shape[1] == 0:
-        raise ValueError(
-            f"initial has shape {tuple(initial.shape)}: give columns ({probed.size}, j)."
-        )
-    return initial.to(probed.proto.device).mT
+    size = A.shape[-1]
+    if initial.ndim != 2 or initial.shape[0] != size or initial.shape[1] == 0:
+        raise ValueError(f"initial has shape {tuple(initial.shape)}: give columns ({size}, j).")
+    return initial.to(A.device).mT

@@ -51,11 +51,10 @@ def frobenius_norm(
         ValueError: An option is unknown, products are too few for a standard error, or A is not
             square or symmetric.
     """
-    operator = symmetric_operator(A)
-    size = operator.shape[-1]
+    size = symmetric_operator(A).shape[-1]
     check_products(products, 2, size, "frobenius_norm")
     probed = Probed(
-        operator,
+        A,
         seed=seed,
         probes=probes,
         columns=default_columns(columns, size),

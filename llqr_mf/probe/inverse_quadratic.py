@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from linear_operator import LinearOperator
 from torch import Tensor
 
 from ..operators.apply import apply_rows, as_operator
 from ..solvers.cg import CGResult, cg
 from ..solvers.dots import row_dots
-from ..solvers.product import RowProduct, multiply
+from ..solvers.product import RowProduct
 from ..solvers.quadrature import SLACK, bracket, gauss
 from .checks import check_definite, check_lower, check_rtol
 from .estimate import Estimate
-from .probed import Probeable, symmetric_operator
+from .probed import Probeable, preconditioned, symmetric_operator
 
 
 @torch.no_grad()
@@ -87,7 +86,7 @@ def inverse_quadratic(
             square = row_dots(rows, rows)
             gap = torch.fmin(gap, (_radau(solved, square, lower) - below).clamp(min=0))
     else:
-        gap = row_dots(r, _times(preconditioner, r)) / _smallest_ritz(solved, len(rows))
+        gap = row_dots(r, preconditioned(preconditioner, r)) / _smallest_ritz(solved, len(rows))
     value, error = below + gap / 2, gap / 2
     if b.ndim == 1:
         value, error = value[0], error[0]
@@ -126,14 +125,6 @@ def _check_bound(
             f"lower={lower:.6g} is no bound of the spectrum: A has an eigenvalue of at most "
             f"{least:.6g}. Give a lower one, or None."
         )
-
-
-def _times(preconditioner: RowProduct | None, r: Tensor) -> Tensor:
-    """M r."""
-    if preconditioner is None:
-        return r
-    narrow = preconditioner.dtype if isinstance(preconditioner, LinearOperator) else r.dtype
-    return multiply(preconditioner, r.to(narrow), None).to(r.dtype)
 
 
 def _radau(solved: CGResult, square: Tensor, lower: float) -> Tensor:

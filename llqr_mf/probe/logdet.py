@@ -19,7 +19,7 @@ from ..solvers.status import MESSAGES, Code
 from .checks import check_definite, check_lower, check_positive, check_rtol
 from .draws import Kind
 from .estimate import Estimate, mean_estimate
-from .probed import Probeable, Probed
+from .probed import Probeable, Probed, symmetric_operator
 from .spectral_sum import columns_that_fit, lanczos_runs
 
 Method: TypeAlias = Literal["cg", "lanczos"]
@@ -132,7 +132,10 @@ def logdet(
         raise ValueError(f"vectors is {vectors}: give at least 1, and 2 for a standard error.")
     if rtol is not None:
         check_rtol(rtol)
+    size = symmetric_operator(A).shape[-1]
     M = None if preconditioner is None else as_operator(preconditioner)
+    if M is not None and tuple(M.shape) != (size, size):
+        raise ValueError(f"the preconditioner has shape {tuple(M.shape)}, and A {size} rows.")
     root = None if M is None else inverse_root_of(M)
     taken_out = 0.0 if M is None else logdet_of(M)
     if columns is None:
@@ -142,7 +145,7 @@ def logdet(
         "rtol": rtol,
         "max_iterations": max_iterations,
         "lower": lower,
-        "preconditioner": None if M is None else f"log-determinant {taken_out:.6g}",
+        "preconditioned": M is not None,
     }
     probed = Probed(
         A,
@@ -152,11 +155,8 @@ def logdet(
         progress=progress,
         checkpoint=checkpoint,
         header=header,
+        preconditioner=M,
     )
-    if preconditioner is not None and tuple(preconditioner.shape) != (probed.size, probed.size):
-        raise ValueError(
-            f"the preconditioner has shape {tuple(preconditioner.shape)}, and A {probed.size} rows."
-        )
     dtype = probed.proto.dtype
     if rtol is None:
         rtol = RTOL

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..operators.apply import as_operator
 from ..problem import LQRProblem
 from ..solvers.dots import row_dots
-from ..solvers.product import CountedProduct
+from ..solvers.product import CountedProduct, RowProduct, multiply
 from ..streamed import StreamedProblem
 from .draws import Kind, check_kind, draw
 from .journal import ROUNDINGS, Journal
@@ -37,6 +37,8 @@ class Probed:
         progress: Whether to show a progress bar over the vectors.
         checkpoint: A folder to go on from and to keep what is done in, or None.
         header: What tells this computation from others in that file.
+        started_from: Rows (j, n) that it starts from, which tell it from others, too.
+        preconditioner: What it is preconditioned by, likewise.
 
     Raises:
         TypeError: A is something else.
@@ -53,6 +55,8 @@ class Probed:
         progress: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         header: dict[str, Any] | None = None,
+        started_from: Tensor | None = None,
+        preconditioner: RowProduct | None = None,
     ) -> None:
         check_kind(probes)
         if seed < 0:
@@ -64,6 +68,7 @@ class Probed:
         self.seed, self.kind, self.columns, self.progress = seed, probes, columns, progress
         self.times = CountedProduct(self.operator)
         self.proto = torch.empty(0, dtype=self.operator.dtype, device=self.operator.device)
+        self._also = started_from, preconditioner
         self.journal = self._journal(A, checkpoint, header or {})
 
     @property
@@ -127,7 +132,7 @@ class Probed:
         damping = None
         if isinstance(A, LQRProblem | StreamedProblem):
             values = A.control_cost.block_values
-            damping = "operator" if values is None else sorted(set(values))
+            damping = "operator" if values is None else list(values)
         header = {
             **header,
             "size": self.size,
@@ -137,12 +142,32 @@ class Probed:
             "columns": self.columns,
             "damping": damping,
         }
-        product = self.times(self.draw(range(1)))
+        told_by = [self.times(self.draw(range(1)))]
+        self.times.check()
         self.times.vectors = 0
-        # Vectors of unit variance: a rounding of the product moves each by eps |A z|.
-        seen = [row_dots(self.draw(range(i, i + 1)), product) for i in range(VIEWS)]
-        tolerance = ROUNDINGS * torch.finfo(self.proto.dtype).eps * float(product.norm())
-        return Journal(path, header, torch.cat(seen), tolerance)
+        started_from, preconditioner = self._also
+        if preconditioner is not None:
+            told_by.append(preconditioned(preconditioner, self.draw(range(1))))
+        if started_from is not None:
+            told_by.append(started_from.to(self.proto))
+        marks, tolerances = zip(*(self._marks(rows) for rows in told_by), strict=True)
+        return Journal(path, header, torch.cat(marks), torch.cat(tolerances))
+
+    def _marks(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows (j, n) are told from others by, and by how much that may differ."""
+        views = [self.draw(range(i, i + 1)).expand_as(rows) for i in range(VIEWS)]
+        seen = torch.cat([row_dots(view, rows) for view in views])
+        # Vectors of unit variance: a rounding of a row moves each by eps |row|.
+        size = rows.double().norm(dim=1).repeat(VIEWS)
+        return seen.cpu(), ROUNDINGS * torch.finfo(self.proto.dtype).eps * size.cpu()
+
+
+def preconditioned(preconditioner: RowProduct | None, r: Tensor) -> Tensor:
+    """M r, in the dtype of r."""
+    if preconditioner is None:
+        return r
+    narrow = preconditioner.dtype if isinstance(preconditioner, LinearOperator) else r.dtype
+    return multiply(preconditioner, r.to(narrow), None).to(r.dtype)
 
 
 def symmetric_operator(A: Probeable) -> LinearOperator:

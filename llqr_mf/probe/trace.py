@@ -83,12 +83,11 @@ def trace(
     if method not in METHODS:
         choices = ", ".join(map(repr, METHODS))
         raise ValueError(f"method={method!r}: choose {choices}.")
-    operator = symmetric_operator(A)
-    size = operator.shape[-1]
+    size = symmetric_operator(A).shape[-1]
     chosen = METHODS[method]
     check_products(products, chosen.least, size, f"{method=}")
     probed = Probed(
-        operator,
+        A,
         seed=seed,
         probes=chosen.probes if probes is None else probes,
         columns=default_columns(columns, size),

@@ -109,7 +109,18 @@ class LinearMapNode(Node):
     *[operator.getitem],
 )
 def linear_map(call: Call) -> Node | None:
-    """Rule of every call that is linear in its active arguments."""
+    """Rule of every call that is linear in its active arguments.
+
+    Raises:
+        ValueError: Bytes are viewed as another dtype, which autograd pushes through and does not
+            pull through.
+    """
+    name = getattr(call.function, "__name__", "")
+    if name in ("view", "reshape") and any(isinstance(leaf, torch.dtype) for leaf in call.leaves):
+        raise ValueError(
+            f"view(dtype) in '{call.owner or 'the model'}' reinterprets bytes and has no "
+            "derivative: convert with .to(dtype), or leave it out where the dtype is the same."
+        )
     result = call.evaluate()
     floating = all(leaf.is_floating_point() for leaf in tree_leaves(result))
     return LinearMapNode(call, result) if floating else None

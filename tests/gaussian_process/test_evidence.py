@@ -12,6 +12,7 @@ from torch import nn
 
 import llqr_mf as lq
 from llqr_mf.gaussian_process import Laplace, choose_prior, evidence_of, log_evidence
+from llqr_mf.gaussian_process import evidence as evidence_module
 from llqr_mf.gaussian_process.linearised import linearised
 
 X, LABELS = normal(8, 4, seed=1), torch.arange(8) % 3
@@ -154,6 +155,50 @@ def test_stochastic(loss, noise):
         found = log_evidence(laplace, vectors=40, seed=3)
         assert 0 < found.standard_error < 3 and found.bias_bound < 0.01
         assert abs(float(found) - exact) < 4 * found.standard_error + found.bias_bound
+
+
+@pytest.mark.parametrize("loss, noise", [("mse", 0.2), ("cross_entropy", None)])
+def test_effective_parameters_against_dense(loss, noise):
+    """The trace of C (C + delta I)^{-1}, C the summed curvature."""
+    model, problem = problem_of(loss)
+    J = dense_jacobian(model, X)
+    if loss == "mse":
+        H = torch.eye(len(J), dtype=F64) / noise
+    else:
+        p = torch.softmax(model(X).detach(), -1)
+        H = torch.block_diag(*[torch.diag(q) - torch.outer(q, q) for q in p])
+    C, eye = J.mT @ H @ J, torch.eye(J.shape[1], dtype=F64)
+    evidence = evidence_of(problem)
+    for delta in (0.01, 0.3, 30.0):
+        expected = float(torch.linalg.solve(C + delta * eye, C).trace())
+        found = float(evidence.effective_parameters(delta, noise))
+        assert found == pytest.approx(expected, rel=1e-10)
+    fixed = {} if noise is None else {"noise": noise}
+    choice = choose_prior(problem, prior_precisions=[0.3], optimise=False, **fixed)
+    expected = float(torch.linalg.solve(C + 0.3 * eye, C).trace())
+    assert choice.effective_parameters == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_standard_error_of_the_stochastic_evidence_is_the_deviation_over_seeds():
+    """Half that of the log determinant; 24 seeds know a deviation to a seventh."""
+    _, problem = problem_of("cross_entropy")
+    laplace = Laplace(problem, prior_precision=0.3, method="cg")
+    found = [log_evidence(laplace, vectors=4, seed=seed) for seed in range(24)]
+    spread = torch.tensor([float(one) for one in found]).std()
+    claimed = torch.stack([one.standard_error.square() for one in found]).mean().sqrt()
+    # Four of these sevenths; without the half it would be 2.
+    assert float(claimed / spread) == pytest.approx(1, abs=0.6)
+
+
+def test_errors_of_the_stochastic_evidence_are_half_those_of_the_determinant():
+    _, problem = problem_of("cross_entropy")
+    laplace = Laplace(problem, prior_precision=0.3, method="cg")
+    evidence = log_evidence(laplace, vectors=5, seed=2)
+    determinant = evidence_module._stochastic_logdet(
+        laplace.posterior.problem, {"vectors": 5, "seed": 2}
+    )
+    assert float(evidence.standard_error) == float(determinant.standard_error) / 2
+    assert float(evidence.bias_bound) == float(determinant.bias_bound) / 2
 
 
 def test_nothing_to_learn_a_prior_from():

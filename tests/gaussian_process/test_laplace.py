@@ -15,6 +15,8 @@ from torch import nn
 import llqr_mf as lq
 from llqr_mf.gaussian_process import Laplace, posterior
 from llqr_mf.gaussian_process import laplace as laplace_module
+from llqr_mf.losses.nothing import Nothing
+from llqr_mf.metrics.share import Share
 
 DELTA, NOISE = 0.3, 0.2
 TOLERANCE = 1e-10
@@ -241,9 +243,14 @@ def test_bad_arguments():
     )
     with pytest.raises(ValueError, match="the metric is Newton"):
         Laplace(newton)
-    own = lq.LQRProblem.from_network(layers, inputs, LABELS, loss=nn.functional.nll_loss)
+    own = lq.LQRProblem.from_network(layers, inputs, LABELS, loss=Nothing())
     with pytest.raises(ValueError, match="no likelihood is known"):
         Laplace(own)
+    function = lq.LQRProblem.from_network(
+        layers, inputs, LABELS, loss=lambda o, t: (o.sum(1) - t).square().mean()
+    )
+    with pytest.raises(ValueError, match="nothing is known"):
+        Laplace(function).probabilities(new)
     weighted = nn.CrossEntropyLoss(weight=torch.ones(3, dtype=F64))
     with pytest.raises(ValueError, match="has weights"):
         Laplace(lq.LQRProblem.from_network(layers, inputs, LABELS, loss=weighted))
@@ -361,8 +368,13 @@ def test_memory(monkeypatch):
 
 def test_noise_of_a_batch_goes_with_the_root_of_its_weight():
     problem, *_ = dense("classes")
+    part = lq.LQRProblem.from_network(
+        *(problem.origin.layers, ROWS[0], LABELS),
+        loss="cross_entropy",
+        metric=Share(lq.metrics.GaussNewton(), terminal_share=0.25, state_share=1.0),
+    )
     whole, quarter = torch.zeros(2, 2, problem.size, dtype=F64)
-    laplace_module._add_noise_of(problem, whole, 1.0, range(2), 0, 1)
-    laplace_module._add_noise_of(problem, quarter, 0.25, range(2), 0, 1)
+    laplace_module._add_noise_of(problem, whole, range(2), 0, 1)
+    laplace_module._add_noise_of(part, quarter, range(2), 0, 1)
     assert whole.norm() > 0
     torch.testing.assert_close(quarter, whole / 2)
