@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .network import NetworkStage
+from .network.modes import LOCK
 from .operators.base import MatrixFreeOperator
 from .problem import LQRProblem
 from .rules.base import Node, Scales, Tangents
@@ -107,7 +108,10 @@ def low_precision_twin(problem: LQRProblem, dtype: torch.dtype = torch.bfloat16)
 
 @contextmanager
 def tensor_float32(enabled: bool = True) -> Iterator[None]:
-    """GEMMs and convolutions of float32 tensors on a GPU in TF32, or surely not; put back after."""
+    """GEMMs and convolutions of float32 tensors on a GPU in TF32, or surely not; put back after.
+
+    Torch keeps the choice for the whole process, so other threads share it meanwhile.
+    """
     backends: Any = torch.backends
     value: str | bool
     if hasattr(backends.cuda.matmul, "fp32_precision"):
@@ -117,14 +121,15 @@ def tensor_float32(enabled: bool = True) -> Iterator[None]:
     else:
         name, value = "allow_tf32", enabled
         places = [backends.cuda.matmul, backends.cudnn]
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, value)
-        yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            setattr(place, name, was)
+    with LOCK:
+        before = [getattr(place, name) for place in places]
+        try:
+            for place in places:
+                setattr(place, name, value)
+            yield
+        finally:
+            for place, was in zip(places, before, strict=True):
+                setattr(place, name, was)
 
 
 class TensorFloat32Operator(MatrixFreeOperator):

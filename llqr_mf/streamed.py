@@ -24,6 +24,7 @@ from .metrics import Metric, get_metric
 from .metrics.share import Share
 from .network import Layer
 from .network.checks import check_layers
+from .network.modes import LOCK
 from .network.snapshot import Snapshot
 from .operators import ControlCost, ControlCostOperator
 from .operators.base import MatrixFreeOperator
@@ -268,7 +269,7 @@ class StreamedProblem:
             batches = self._batches() if callable(self._batches) else self._batches
             source = iter(tqdm(batches, disable=not self._progress, leave=False))
         while True:
-            with random.resumed(keep=True):
+            with torch.enable_grad(), random.resumed(keep=True):
                 batch: Any = next(source, end)
             if batch is end:
                 return
@@ -362,7 +363,7 @@ class RandomState:
             keep: Whether the state at the end is kept, to go on from there the next time.
             batch: Its number; all but the first have numbers of their own.
         """
-        with torch.random.fork_rng(devices=self._gpus):
+        with LOCK, torch.random.fork_rng(devices=self._gpus):
             torch.set_rng_state(self._cpu)
             for device, state in zip(self._gpus, self._states, strict=True):
                 torch.cuda.set_rng_state(state, device)

@@ -106,7 +106,8 @@ class CallableLoss(Loss):
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What the function returns, on outputs (and such targets) in float32 or better."""
-        return self.fn(widen(outputs), _wide(targets))
+        with torch.enable_grad():  # it may differentiate something itself
+            return self.fn(widen(outputs), _wide(targets))
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> ClosureCurvature:
         """The Hessian of the function, by double backward."""

@@ -187,3 +187,38 @@ def test_weights_and_batch_that_were_put_back_are_accepted():
         for tensor, value in zip((*model.parameters(), x), old, strict=True):
             tensor.copy_(value)
     assert torch.equal(problem.hessian @ problem.gradient, before)
+
+
+def smooth(outputs, targets):
+    """A loss that differentiates something itself."""
+    assert torch.is_grad_enabled()
+    scale = torch.ones((), dtype=outputs.dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad((scale * 2).square(), scale)
+    return (outputs - targets).square().sum(1).mean() * slope
+
+
+@pytest.mark.parametrize("step", ["base", "subspace"])
+def test_a_loss_and_a_dataset_run_with_gradients_on(step):
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            assert torch.is_grad_enabled()
+            return X[i], X[i, :3]
+
+    model = nn.Linear(4, 3).double()
+    optimizer = lq.LLQR(
+        *(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+        loss=smooth,
+        metric="gauss_newton",
+        step=step,
+    )
+    with torch.no_grad():
+        assert optimizer.refresh(X, X[:, :3])
+        if step == "subspace":
+            assert optimizer.step(X, X[:, :3]) is not None
+        loader = torch.utils.data.DataLoader(Data(), batch_size=3)
+        stream = lq.StreamedProblem(lq.split(model), loader, loss=smooth)
+        stream.hessian @ stream.gradient
+    assert optimizer.counts.skipped == 0
