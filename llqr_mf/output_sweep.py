@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from .problem import LQRProblem
 
 PASS = 16
 """Output columns made at a time."""
+
+PROBED_ELEMENTS = 2**22
+"""Numbers of a call's input or output that are probed at a time."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,7 @@ def samples_are_apart(problem: LQRProblem) -> bool:
 def _keeps_rows(problem: LQRProblem, bound: BoundNode, index: int, live: list[bool]) -> bool:
     """Whether row n of one input moves row n of the outputs that count, and no other row.
 
-    Rules say so of themselves; any other call is probed: even rows move and odd ones must not.
+    Rules say so of themselves; any other call is probed: rows that do not move must stay.
     """
     assert problem.origin is not None
     shapes, samples = problem.origin.linearization.shapes, len(problem.origin.outputs)
@@ -306,15 +310,42 @@ def _keeps_rows(problem: LQRProblem, bound: BoundNode, index: int, live: list[bo
     # Rules answer for their data, not for a weight that was computed from it.
     if bound.node.couples_batch is not None and Read(bound, index).role in (None, "x"):
         return not bound.node.couples_batch
+    if samples == 1:
+        return True
     shape, proto = shapes[bound.inputs[index]], problem.system.proto
-    moved = torch.arange(1, 1 + math.prod(shape), device=proto.device).to(proto.dtype)
-    moved = (1.5 + moved.sin()).reshape(1, *shape)
-    moved[:, 1::2] = 0
-    tangents: list[Tensor | None] = [None] * len(bound.inputs)
-    tangents[index] = moved
-    with torch.no_grad():
-        results = bound.node.push_all(tangents)
-    return all(
-        y is None or not counts or not bool(y[:, 1::2].any())
-        for y, counts in zip(results, live, strict=True)
-    )
+    generator = torch.Generator().manual_seed(0)
+    largest = max(math.prod(shapes[i]) for i in (bound.inputs[index], *outputs))
+    for moves in subsets_that_separate(samples).split(max(1, PROBED_ELEMENTS // largest)):
+        # Random, so that what several rows do to another does not cancel.
+        moved = torch.randn(len(moves), *shape, generator=generator)
+        moved[~moves] = 0
+        tangents: list[Tensor | None] = [None] * len(bound.inputs)
+        tangents[index] = moved.to(proto)
+        with torch.no_grad():
+            results = bound.node.push_all(tangents)
+        stays = ~moves.to(proto.device)
+        if any(
+            y is not None and counts and bool(y[stays].any())
+            for y, counts in zip(results, live, strict=True)
+        ):
+            return False
+    return True
+
+
+def subsets_that_separate(samples: int) -> Tensor:
+    """Subsets of the samples, as few as possible: for any n and m, one has n and not m.
+
+    Sample n is in those of its own choice of half of the k subsets, and no choice holds another
+    (Sperner 1928): binomial(k, k / 2) samples need k subsets.
+
+    Returns:
+        Rows of booleans, shape (k, samples).
+    """
+    count = 0
+    while math.comb(count, count // 2) < samples:
+        count += 1
+    choices = itertools.combinations(range(count), count // 2)
+    chosen = torch.zeros(count, samples, dtype=torch.bool)
+    for n, choice in enumerate(itertools.islice(choices, samples)):
+        chosen[list(choice), n] = True
+    return chosen

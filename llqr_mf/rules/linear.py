@@ -29,6 +29,9 @@ class LinearNode(Node):
         # Only the weight's products read the input.
         self.x = value.reshape(-1, value.shape[-1]) if "weight" in self.roles else None
         self.samples = value.shape[0] if value.ndim > 1 else None
+        if self.samples is None:
+            # A vector's entries may be samples.
+            self.couples_batch = None
         self.flops = 2.0 * self.lead.numel() * self.weight.numel()
 
     def push(self, tangents: Tangents) -> Tensor:
