@@ -255,17 +255,19 @@ def add_controls(
 
 
 def mixed_values(problem: LQRProblem) -> set[int]:
-    """Values that reach the output, and not row n of them the output of sample n alone.
+    """Values of parameters that reach the output, and not row n of them the n-th output alone.
 
-    At all others, a cotangent of the output that is zero but for sample n is zero but for row n:
+    At all others a cotangent of the output that is zero but for sample n is zero but for row n:
     one column per sample can be pulled back to them for all samples at once.
     """
     assert problem.origin is not None
     linearization, samples = problem.origin.linearization, len(problem.origin.outputs)
-    of_batch = set(linearization.inputs)
+    of_batch, moving = set(linearization.inputs), set(range(len(problem.names)))
     for bound in calls(problem):
         if bound.node.per_sample or of_batch & set(bound.inputs):
             of_batch.update(bound.outputs)
+        if moving & set(bound.inputs):
+            moving.update(bound.outputs)
     batched = {i for i in of_batch if linearization.shapes[i][:1] == (samples,)}
     reached = {linearization.output}
     mixed = reached - batched
@@ -275,7 +277,8 @@ def mixed_values(problem: LQRProblem) -> set[int]:
             continue
         spoilt = bool(mixed & set(bound.outputs))
         for index, i in enumerate(bound.inputs):
-            if i < len(problem.names):
+            # Nothing is pulled further back than to a parameter.
+            if i < len(problem.names) or i not in moving:
                 continue
             reached.add(i)
             if spoilt or i not in batched or not _keeps_rows(problem, bound, index, live):

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..rules import Call, Node, Slot, is_active_leaf, linearize_call
+from .copies import shared_copy
 from .modes import curvature_pass, differentiable_attention
 from .split import Layer
 from .tracing import Program, is_foreign, is_inert
@@ -283,14 +284,20 @@ class _Run:
         slots = [self._tensor(prefix + name, p) for name, p in module.named_parameters()]
         overwrites = any(map(_may_overwrite, module.modules()))
 
-        def call(parameters: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-            state: dict[str, Tensor] = dict(zip(names, parameters, strict=True))
-            for name, traced in module.named_buffers():
-                state[name] = self.tensors.get(prefix + name, traced).clone()
-            if overwrites:
-                args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-            return torch.func.functional_call(module, state, args, kwargs)
+        def call_of(module: nn.Module) -> Callable[..., Any]:
+            def call(parameters: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+                state: dict[str, Tensor] = dict(zip(names, parameters, strict=True))
+                for name, traced in module.named_buffers():
+                    state[name] = self.tensors.get(prefix + name, traced).clone()
+                if overwrites:
+                    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+                return torch.func.functional_call(module, state, args, kwargs)
 
+            return call
+
+        call = call_of(module)
+        # For who calls it again, and may not leave a trace.
+        vars(call)["on_a_copy"] = lambda: call_of(shared_copy(module))
         return call, slots
 
     def _evaluate(self, node: fx.Node, call: Call, bound: list[BoundNode]) -> Any:

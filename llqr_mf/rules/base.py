@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from ..errors import Unsaved
 from ..solvers.dots import row_dots
 from . import gram
-from .gram import Deltas, Rows, Term
+from .gram import Deltas, Pulled, Rows, Term
 
 Tangents = Sequence[Tensor | None]
 Curvature = Callable[[Tangents], list[Tensor | None]]
@@ -26,7 +26,7 @@ Scales = Sequence[float | None]
 """A factor for each input of a node that is a parameter and counts; None for the others."""
 
 GRAM_ELEMENTS = 2**26
-"""Most elements that per-sample gradients of one small node may take in a Gram matrix."""
+"""Most elements of per-sample gradients that are pulled back and held at a time."""
 
 
 @dataclass(frozen=True)
@@ -252,43 +252,62 @@ class Node(Unsaved, ABC):
     def gram_terms(self, deltas: Deltas, scales: Scales) -> list[Term] | None:
         """Per-sample gradients of the parameters among the inputs, or None if too large.
 
-        Valid only where samples do not interact. Here every gradient is pulled back on its own.
+        Valid only where samples do not interact. Here they are pulled back when they are needed.
 
         Args:
             deltas: Cotangents of the only output.
             scales: A factor of the inner products for each input that counts; None for others.
         """
-        terms: list[Term] = []
-        for index, scale in enumerate(scales):
-            if scale is None:
-                continue
-            rows = self._pulled_rows(deltas, index)
-            if rows is None:
-                return None
-            if len(rows):
-                terms.append(Rows(rows.reshape(*deltas.values.shape[:2], -1), scale))
-        return terms
+        needed = [scale is not None for scale in scales]
+        columns, samples = deltas.values.shape[:2]
+        if not any(needed) or not columns * samples:
+            return []
+        width = self.gradient_size(deltas, needed)
+        if columns * width > GRAM_ELEMENTS:
+            return None
 
-    def _pulled_rows(self, deltas: Deltas, index: int) -> Tensor | None:
-        """Gradients (r n, p) in one input; no rows if it does not matter, None if too large."""
+        def gradients(ns: slice) -> list[Rows | None]:
+            part = replace(deltas, values=deltas.values[:, ns], samples=deltas.owners[ns])
+            return [
+                None if g is None or scale is None else Rows(g.flatten(2), scale)
+                for g, scale in zip(self.sample_gradients(part, needed), scales, strict=True)
+            ]
+
+        step = max(1, GRAM_ELEMENTS // max(1, columns * width))
+        return [Pulled(gradients, deltas.values.new_zeros(()), columns, samples, step)]
+
+    def gradient_size(self, deltas: Deltas, needed: Sequence[bool]) -> int:
+        """Entries of one sample's gradients in all needed inputs."""
+        values = deltas.values[:1, :1]
+        one = replace(deltas, values=values, samples=deltas.owners[:1])
+        return sum(0 if g is None else g.numel() for g in self.sample_gradients(one, needed))
+
+    def sample_gradients(self, deltas: Deltas, needed: Sequence[bool]) -> list[Tensor | None]:
+        """What every sample's own cotangents pull back to the inputs that are needed.
+
+        Args:
+            deltas: Cotangents of the only output.
+            needed: Which inputs' gradients are wanted.
+
+        Returns:
+            Shape (r, n, *in) per needed input; None for others, and where nothing arrives.
+        """
         r, n = deltas.values.shape[:2]
         shape, device = deltas.values.shape[2:], deltas.values.device
-        flat = deltas.values.reshape(r * n, *shape)
-        owners = deltas.select(torch.arange(deltas.batch, device=device)).repeat(r)
-        needed = [i == index for i in range(len(self.inputs))]
-        rows: list[Tensor] = []
+        flat, owners = deltas.values.reshape(r * n, *shape), deltas.owners.repeat(r)
+        made: list[Tensor | None] = [None] * len(needed)
         step = min(64, max(1, gram.CHUNK_ELEMENTS // (deltas.batch * shape.numel())))
         for start in range(0, r * n, step):
             picked, owner = flat[start : start + step], owners[start : start + step]
             alone = flat.new_zeros(len(picked), deltas.batch, *shape)
             alone[torch.arange(len(picked), device=device), owner] = picked
-            gradient = self.pull_all([alone], needed, [None] * len(needed))[index]
-            if gradient is None:
-                return flat.new_zeros(0, 0)
-            if gradient[0].numel() * r * n > GRAM_ELEMENTS:
-                return None
-            rows.append(gradient.reshape(len(picked), -1))
-        return torch.cat(rows)
+            for i, g in enumerate(self.pull_all([alone], needed, [None] * len(needed))):
+                if g is not None:
+                    whole = made[i]
+                    if whole is None:
+                        whole = made[i] = g.new_empty(r * n, *g.shape[1:])
+                    whole[start : start + step] = g
+        return [None if g is None else g.reshape(r, n, *g.shape[1:]) for g in made]
 
     def add_gram(self, total: Tensor, deltas: Tensor, scales: Scales) -> bool:
         """Adds the Gram matrix of per-sample gradients, in the half n >= m (`gram.mirror`).

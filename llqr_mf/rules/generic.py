@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..operators.tangent import is_plain
 from .base import Call, Curvature, Node, Tangents
+from .gram import Deltas
 from .opaque import handle_of, pull_opaquely, push_opaquely
+from .per_sample import SampleGradients
 
 
 class GenericNode(Node):
@@ -43,6 +45,8 @@ class GenericNode(Node):
             self._seeds = [torch.zeros_like(y, requires_grad=True) for y in self._outputs]
             self._pulled = self._grad_with_graph(self._seeds)
         super().__init__(tree_map_only(Tensor, lambda t: t.detach(), result), slots)
+        self._call = call
+        self._by_sample: SampleGradients | None = None
         self._handle = handle_of(self)
         if _has_custom_function(self._outputs):
             self._probe()
@@ -90,6 +94,27 @@ class GenericNode(Node):
         with self._within():
             pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))
         return [next(pulled) if need else None for need in needed]
+
+    def gradient_size(self, deltas: Deltas, needed: Sequence[bool]) -> int:
+        """That of the inputs."""
+        return sum(x.numel() for x, need in zip(self._inputs, needed, strict=True) if need)
+
+    def sample_gradients(self, deltas: Deltas, needed: Sequence[bool]) -> list[Tensor | None]:
+        """By the call on single samples, if that gives what the whole batch does."""
+        if self._by_sample is None:
+            moves = self.moves
+            self._by_sample = SampleGradients(
+                self._call,
+                self._inputs,
+                lambda result: _moving_output(result, moves),
+                _grad,
+                deltas.batch,
+            )
+        nothing = [None] * len(needed)
+        found = self._by_sample(
+            deltas, needed, lambda column: self.pull_all([column], needed, nothing)
+        )
+        return super().sample_gradients(deltas, needed) if found is None else found
 
     def curvature(self, costate: Tensor) -> Curvature | None:
         """Second derivative of <p, f>."""
@@ -213,6 +238,12 @@ def _pattern(like: Tensor) -> Tensor:
     """One column of numbers that look random; drawing some would change the dropout masks."""
     places = torch.arange(1, like.numel() + 1, device=like.device, dtype=torch.float32)
     return (places * places).sin().to(like.dtype).reshape(1, *like.shape)
+
+
+def _moving_output(result: Any, moves: Sequence[bool]) -> Tensor:
+    """The only output that depends on the active inputs."""
+    leaves = [leaf for leaf in tree_leaves(result) if is_active_leaf(leaf)]
+    return leaves[list(moves).index(True)]
 
 
 def is_active_leaf(leaf: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**24
 """Elements of per-sample gradients held at a time."""
 
-TILE_ROWS, TILE_COLUMNS = 256, 2048
+TILE_ROWS, TILE_COLUMNS = 128, 2048
 """Sides of the blocks in which a total is made; on an accelerator four times as long."""
 
 PANEL_ELEMENTS = 2**20
@@ -44,6 +44,13 @@ class Deltas:
     values: Tensor
     batch: int
     samples: Tensor | None = None
+
+    @property
+    def owners(self) -> Tensor:
+        """The samples, shape (n,)."""
+        if self.samples is not None:
+            return self.samples
+        return torch.arange(self.batch, device=self.values.device)
 
     def select(self, batched: Tensor, part: slice = slice(None)) -> Tensor:
         """Rows of something of shape (N, ...) for a part of these samples."""
@@ -123,6 +130,54 @@ class Rows(Term):
     def squares(self) -> Tensor:
         """Squared norms."""
         return torch.linalg.vector_norm(self.values, dim=-1).square() * self.scale
+
+
+@dataclass(frozen=True)
+class Pulled(Term):
+    """Gradients that are made when they are needed, some samples at a time.
+
+    Args:
+        gradients: Those of samples ns in each input; None where there is none.
+        like: A number in the dtype of the cotangents.
+        columns: r.
+        samples: N.
+        step: Samples whose gradients may be held at a time.
+    """
+
+    gradients: Callable[[slice], list[Rows | None]]
+    like: Tensor
+    columns: int
+    samples: int
+    step: int
+
+    def add(self, total: Tensor, other: Term, *, half: bool) -> None:
+        """R R' block by block: those of one side are made again for each block of the other."""
+        assert isinstance(other, Pulled)
+        whole = half and self.step >= self.samples
+        for ns in _parts(self.samples, self.step if whole else max(1, self.step // 2)):
+            left = self.gradients(ns)
+            if half:
+                _add_each(total[:, ns, :, ns], left, left, half=True)
+            others = ns.start if half else other.samples
+            for ms in _parts(others, max(1, other.step // 2)):
+                _add_each(total[:, ns, :, ms], left, other.gradients(ms), half=False)
+
+    def squares(self) -> Tensor:
+        """Squared norms."""
+        made = self.like.new_zeros(self.columns, self.samples)
+        for ns in _parts(self.samples, self.step):
+            for rows in self.gradients(ns):
+                if rows is not None:
+                    made[:, ns] += rows.squares()
+        return made
+
+
+def _add_each(
+    total: Tensor, left: Sequence[Rows | None], right: Sequence[Rows | None], *, half: bool
+) -> None:
+    for mine, other in zip(left, right, strict=True):
+        if mine is not None and other is not None:
+            mine.add(total, other, half=half)
 
 
 @dataclass(frozen=True)
