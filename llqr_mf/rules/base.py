@@ -270,7 +270,7 @@ class Node(Unsaved, ABC):
             part = replace(deltas, values=deltas.values[:, ns], samples=deltas.owners[ns])
             return [
                 None if g is None or scale is None else Rows(g.flatten(2), scale)
-                for g, scale in zip(self.sample_gradients(part, needed), scales, strict=True)
+                for g, scale in zip(self.gradients_of_samples(part, needed), scales, strict=True)
             ]
 
         step = max(1, GRAM_ELEMENTS // max(1, columns * width))
@@ -280,9 +280,9 @@ class Node(Unsaved, ABC):
         """Entries of one sample's gradients in all needed inputs."""
         values = deltas.values[:1, :1]
         one = replace(deltas, values=values, samples=deltas.owners[:1])
-        return sum(0 if g is None else g.numel() for g in self.sample_gradients(one, needed))
+        return sum(0 if g is None else g.numel() for g in self.gradients_of_samples(one, needed))
 
-    def sample_gradients(self, deltas: Deltas, needed: Sequence[bool]) -> list[Tensor | None]:
+    def gradients_of_samples(self, deltas: Deltas, needed: Sequence[bool]) -> list[Tensor | None]:
         """What every sample's own cotangents pull back to the inputs that are needed.
 
         Args:

@@ -99,10 +99,10 @@ class GenericNode(Node):
         """That of the inputs."""
         return sum(x.numel() for x, need in zip(self._inputs, needed, strict=True) if need)
 
-    def sample_gradients(self, deltas: Deltas, needed: Sequence[bool]) -> list[Tensor | None]:
+    def gradients_of_samples(self, deltas: Deltas, needed: Sequence[bool]) -> list[Tensor | None]:
         """By the call on single samples, if that gives what the whole batch does."""
         if self._by_sample is None:
-            moves = self.moves
+            moves = list(self.moves or ())
             self._by_sample = SampleGradients(
                 self._call,
                 self._inputs,
@@ -110,11 +110,11 @@ class GenericNode(Node):
                 _grad,
                 deltas.batch,
             )
-        nothing = [None] * len(needed)
+        nothing: list[Tensor | None] = [None] * len(needed)
         found = self._by_sample(
             deltas, needed, lambda column: self.pull_all([column], needed, nothing)
         )
-        return super().sample_gradients(deltas, needed) if found is None else found
+        return super().gradients_of_samples(deltas, needed) if found is None else found
 
     def curvature(self, costate: Tensor) -> Curvature | None:
         """Second derivative of <p, f>."""

@@ -17,7 +17,7 @@ from .gram import Deltas, Outer, Rows, Term, outer_flops
 class LinearNode(Node):
     """y = x W' + b, with x of shape (..., in) and W of shape (out, in)."""
 
-    couples_batch = False
+    couples_batch: bool | None = False
 
     def __init__(self, call: Call, x: Any, weight: Any, bias: Any) -> None:
         named = {"x": x, "weight": weight, "bias": bias}

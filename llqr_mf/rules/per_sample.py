@@ -126,7 +126,8 @@ class SampleGradients:
 
         With m of them, m times the work of one pass is done, by N / m calls.
         """
-        owners, (r, n, *out) = deltas.owners, deltas.values.shape
+        owners, out = deltas.owners, deltas.values.shape[2:]
+        r, n = deltas.values.shape[:2]
         parts: list[Sequence[Tensor]] = []
         for here in self._parts(wanted, deltas, math.isqrt(n // r)):
             m = here.stop - here.start
