@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,6 +13,7 @@ import torch
 from . import factors
 from .gram_matrix import sketch_columns
 from .methods import Options
+from .methods.base import has_inverse
 from .output_sweep import calls, samples_are_apart, terminal_factor
 from .problem import LQRProblem
 from .streamed import StreamedProblem
@@ -21,79 +26,187 @@ HALF = (torch.float16, torch.bfloat16)
 AUTO_DENSE = 256
 """Given matrices up to this size are solved densely by `auto`."""
 
-CG_ITERATIONS = 30
-"""Iterations of CG that the cost model reckons with: what dampings about 1e-4 take."""
-
 SKETCHED_ITERATIONS = 15
-"""The same of the dual's CG with a sketch of the Gram matrix."""
+"""Iterations of the dual's CG with a sketch of the Gram matrix that the cost model reckons with."""
 
 SKETCHED_SIZE = 2**17
 """Most unknowns of the dual."""
 
-CHOLESKY = 2.0
-"""Time of a float64 flop of the factorisation, in float32 flops of the products."""
+AT_ONCE = 8.0
+"""Iterations of CG in whose time a dual is taken without trying: few solves take fewer."""
+
+TRIED = 0.4
+"""Share of the dual's time that CG is given before it has to look like ending sooner."""
+
+HOPELESS = 4.0
+"""Times that a dual must fit into what CG still seems to take, to be taken sooner than that."""
+
+# Times in flops of a float32 GEMM, 1 / 80 ns on one core of a Xeon.
+
+CALL = 3.2e6
+"""A call that a column passes through, however small."""
+
+ELEMENT = 100.0
+"""A number written by what is no GEMM."""
+
+CHOLESKY = 4.3
+"""A float64 flop of the factorization."""
+
+ENTRY = 160.0
+"""An entry of the Gram matrix, for every call that adds to it."""
+
+SOLVED_ENTRY = 2000.0
+"""An entry of its factor in the float64 solves of the dual."""
+
+VECTORS = 440.0
+"""A weight in the vectors of CG, per iteration."""
+
+ITERATION = 3.6e7
+"""An iteration of CG, beside its product and its vectors."""
+
+DUAL_PRODUCTS = 6.0
+"""Products of the dual beside its Gram matrix: the residual, the step and its check."""
 
 
-def choose(options: Options) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Choice:
+    """The method that `auto` begins with.
+
+    Args:
+        name: The method.
+        reason: Why.
+        instead: What to go on with where it does not do, None for nothing.
+        patience: Iterations of CG that cost as much as what is instead.
+    """
+
+    name: str
+    reason: str
+    instead: str | None = None
+    patience: float = math.inf
+
+
+def choose(options: Options) -> Choice:
     """The method that `auto` takes, and why."""
     problem = options.problem
     if isinstance(problem, StreamedProblem):
-        return "cg", "the batches are linearised in turn"
+        return Choice("cg", "the batches are linearised in turn")
     asked = only_some(options)
     if asked:
         name = next(iter(asked))
-        return asked[name][0], f"`{name}` was given"
+        return Choice(asked[name][0], f"`{name}` was given")
     if problem.origin is None:
         largest = problem.system.largest_block
         if largest <= AUTO_DENSE:
-            return "riccati", f"the matrices are small (at most {largest})"
-        return "cg", f"the matrices are large ({largest})"
+            return Choice("riccati", f"the matrices are small (at most {largest})")
+        return Choice("cg", f"the matrices are large ({largest})")
     if problem.dtype in HALF:
-        return "cg", "the products are in half precision, too coarse for a Gram matrix"
+        return Choice("cg", "the products are in half precision, too coarse for a Gram matrix")
     if problem.origin.linearization.remakes:
-        return "cg", "the layers' linearisations are made again for every product (checkpoint)"
+        return Choice(
+            "cg", "the layers' linearisations are made again for every product (checkpoint)"
+        )
     factor = terminal_factor(problem)
     if factor is None:
-        return "cg", "the costs are not one terminal cost with a known factor"
+        return Choice("cg", "the costs are not one terminal cost with a known factor")
     size = factor.samples * (factor.rank or 0)
     if size > SKETCHED_SIZE:
-        return "cg", f"the dual would have N r = {size} > {SKETCHED_SIZE} unknowns"
+        return Choice("cg", f"the dual would have N r = {size} > {SKETCHED_SIZE} unknowns")
     damping = problem.control_cost.block_values
     if damping is None or min(damping) <= 0:
-        return "cg", "damping is an operator, or not positive on every layer"
+        return Choice("cg", "damping is an operator, or not positive on every layer")
+    if not has_inverse(problem):
+        return Choice("cg", f"damping {min(damping):.3g} has no inverse in {problem.dtype}")
     if not samples_are_apart(problem):
-        return "cg", "a layer mixes samples or shares a weight, so the Gram matrix is not cheap"
-    costs = relative_costs(problem, factor.rank or 0, size)
-    told = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
-    told = f"gradients' worth of flops: {told} (of {CG_ITERATIONS} iterations)"
+        return Choice(
+            "cg", "a layer mixes samples or shares a weight, so the Gram matrix is not cheap"
+        )
+    if not _has_memory(problem, size):
+        return Choice("cg", f"the Gram matrix with N r = {size} rows would take half of the memory")
+    patience = dual_in_iterations(problem, factor.rank or 0, factor.samples)
+    told = f"as much as {patience:.2g} iterations of cg by a count of flops"
     whole = size <= factors.DUAL_SIZE
-    if costs["dual"] <= costs["cg"]:
+    if patience <= AT_ONCE:
         what = "the Gram matrix has" if whole else "columns of the Gram matrix have"
-        return "dual", f"{what} a closed form with N r = {size} rows; {told}"
+        return Choice("dual", f"{what} a closed form with N r = {size} rows; it costs {told}", "cg")
     what = f"N r = {size}" if whole else f"N r = {size} > {factors.DUAL_SIZE}: a sketch"
-    return "cg", f"the Gram matrix ({what}) would cost more; {told}"
+    return Choice("cg", f"the Gram matrix ({what}) would cost {told}", "dual", patience)
 
 
-def relative_costs(problem: LQRProblem, rank: int, size: int) -> dict[str, float]:
-    """Flops of the dual and of CG, in flops of one gradient.
+def dual_in_iterations(problem: LQRProblem, rank: int, samples: int) -> float:
+    """Time of the dual, in that of an iteration of CG.
 
-    A pass through the weights is F flops forward, as many again to pull back to the states, and
-    as many to the weights. A gradient is 3 F, a condensed product 4 F. The dual pulls r columns
-    back to the states, multiplies per-sample gradients, factors, and makes about four products;
-    with a sketch it pulls them back twice and makes some more.
+    A column takes one product of each call's size on its way forward, as many back to the states,
+    and as many back to the weights: a product of H 4. The dual pulls r columns back to the
+    states, multiplies per-sample gradients, factors, solves, and makes some products; with a
+    sketch it pulls them back twice.
     """
-    every = list(calls(problem))
-    forward = sum(bound.node.flops for bound in every)
-    columns = size if size <= factors.DUAL_SIZE else sketch_columns(size)
-    gram = sum(bound.node.gram_flops(size) for bound in every) * columns / max(1, size)
-    if columns == size:
-        dual = rank * forward + gram + CHOLESKY * size**3 / 3 + 4 * 4 * forward
+    assert problem.origin is not None
+    shapes, size = problem.origin.linearization.shapes, rank * samples
+    wide = 2.0 if problem.dtype == torch.float64 else 1.0
+    flops = passed = gram = pulled = 0.0
+    adding = 0
+    for bound in calls(problem):
+        work = bound.node.work()
+        written = work.elements or sum(float(math.prod(shapes[i])) for i in bound.outputs)
+        # Through vmap r columns take one start; their numbers are theirs.
+        started, numbers = CALL * work.kernels, wide * ELEMENT * written
+        flops += wide * work.flops
+        passed += 2 * (started + numbers)
+        many = 1.0
+        if min(bound.inputs) < len(problem.names):
+            adding += 1
+            gram += wide * bound.node.gram_flops(size)
+            many = bound.node.gram_passes(rank, samples)
+        pulled += many * (started + rank * (wide * work.flops + numbers))
+    product = 4 * flops + passed
+    iteration = product + ITERATION + VECTORS * problem.size
+    dual = DUAL_PRODUCTS * product + pulled
+    if size <= factors.DUAL_SIZE:
+        dual += gram + size**2 * (adding * ENTRY + SOLVED_ENTRY) + CHOLESKY * size**3 / 3
     else:
-        dual = 2 * rank * forward + 2 * gram + CHOLESKY * size * columns**2
-        dual += SKETCHED_ITERATIONS * 4 * forward
-    if forward == 0:
-        return {"dual": 0.0 if columns == size else 1.0, "cg": 0.0}
-    return {"dual": dual / (3 * forward), "cg": CG_ITERATIONS * 4 / 3}
+        columns = sketch_columns(size)
+        dual += pulled + (2 * gram / size + adding * ENTRY * size) * columns
+        dual += 2 * CHOLESKY * size * columns**2
+        dual += SKETCHED_ITERATIONS * (product + ENTRY * size * columns)
+    return dual / iteration
+
+
+def _has_memory(problem: LQRProblem, size: int) -> bool:
+    """Whether half of the device's memory holds the Gram matrix, its factor and a copy of each."""
+    if problem.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(problem.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    columns = size if size <= factors.DUAL_SIZE else sketch_columns(size)
+    return 4 * 8 * size * columns <= memory / 2
+
+
+def gives_up(patience: float, rtol: float) -> Callable[[int, float], bool]:
+    """When CG should make room for a method that costs `patience` iterations.
+
+    Its remaining iterations are told from the rate at which the least residual has fallen, from
+    the start or over the last half, whichever is faster: CG speeds up.
+
+    Args:
+        patience: In iterations of CG.
+        rtol: Where it is to get.
+    """
+    least: list[float] = []
+
+    def give_up(iterations: int, residual: float) -> bool:
+        least.append(min(residual, least[-1] if least else 1.0))
+        if iterations < max(5.0, TRIED / HOPELESS * patience):
+            return False
+        wanted = math.log(max(least[-1], 1e-300) / max(rtol, 1e-300))
+        if wanted <= 0:
+            return False
+        half = len(least) // 2
+        fallen = [-math.log(max(least[-1], 1e-300)) / len(least)]
+        fallen.append(math.log(least[half - 1] / max(least[-1], 1e-300)) / (len(least) - half))
+        left = wanted / max(*fallen, 1e-12)
+        return left > (patience if iterations >= TRIED * patience else HOPELESS * patience)
+
+    return give_up
 
 
 def only_some(options: Options) -> dict[str, tuple[str, ...]]:

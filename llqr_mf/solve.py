@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .choose import HALF, Method, choose, only_some
+from .choose import Choice, Method, choose, gives_up, only_some
+from .judge import SOLVED, check_numbers, default_rtol, judged
 from .low_precision import tensor_float32
 from .methods import METHODS, Found, Options
 from .methods.base import Problem, Products, rows_of, worst
 from .operators.apply import apply_rows, as_operator
+from .problem import LQRProblem
 from .solution import Solution
 from .solvers.dots import row_dots, row_norms
-from .solvers.status import Status
+from .solvers.dual import FactorizationError
+from .solvers.status import Code, Status
 from .streamed import StreamedProblem
 
 
@@ -49,14 +54,18 @@ def solve(
     | low_rank | costs with factors, damping > 0 | N r columns through every layer |
     | riccati | small sizes | dense float64: the oracle, with all values and gains |
 
-    `auto` takes dual where its Gram matrix has a closed form, N r <= 4096 and it costs less by a
-    count of flops, riccati for small given matrices, and else cg; the status says which and why.
+    `auto` takes riccati for small given matrices, and else cg or dual. Where the dual's Gram matrix
+    has a closed form, its time is reckoned in iterations of cg; it is taken at once where that is
+    few, and else once cg seems to take longer. Either steps in where the other fails. The status
+    says which it was and why.
 
     Args:
         problem: From a network, from matrices, or a `StreamedProblem` (cg and minres only).
         method: Which.
-        rtol: Wanted true relative residual |H u + g| / |g|, per column. Default: 1e-6, and 1e-2 in
-            half precisions, whose products are good for no more.
+        rtol: Wanted true relative residual |H u + g| / |g|, per column; the status says whether it
+            was reached. Default: 1e-6 in float64, 1e-5 in float32 and 1e-2 in half precisions, or,
+            where that is less, what the rounding of the products leaves, up to its root (3e-4 in
+            float32).
         max_iterations: Limit of the iterative methods.
         preconditioner: For cg and minres: an operator (P, P), or a function of rows (k, P), that
             approximates H^{-1} and is positive definite.
@@ -87,18 +96,17 @@ def solve(
     Raises:
         ValueError: The method does not apply, and the message says which does.
     """
+    if not isinstance(problem, LQRProblem | StreamedProblem):
+        raise ValueError(f"problem is a {type(problem).__name__}: give an lq.LQRProblem.")
+    check_numbers(rtol, max_iterations, momentum, radius, recurrence_dtype)
     _check_right_hand_side(problem, rhs)
-    if rtol is None:
-        rtol = 1e-2 if problem.dtype in HALF else 1e-6
-    if max_iterations is not None and max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}: give at least 1, or None.")
     if isinstance(preconditioner, Tensor):
         preconditioner = as_operator(preconditioner)
     options = Options(
         problem=problem,
         rhs=rhs,
         previous=_carried(problem, previous, momentum, rhs, form_step),
-        rtol=rtol,
+        rtol=default_rtol(problem.dtype) if rtol is None else float(rtol),
         max_iterations=max_iterations,
         preconditioner=preconditioner,
         initial=initial,
@@ -113,9 +121,8 @@ def solve(
     )
     if products not in get_args(Products):
         raise ValueError(f"products='{products}' is unknown: choose one of {get_args(Products)}.")
-    reason, name = "", str(method)
-    if method == "auto":
-        name, reason = choose(options)
+    choice = choose(options) if method == "auto" else Choice(str(method), "")
+    name = choice.name
     if name not in METHODS:
         raise ValueError(f"method '{name}' is unknown: choose one of {['auto', *METHODS]}.")
     if isinstance(problem, StreamedProblem) and name not in ("cg", "minres"):
@@ -132,15 +139,63 @@ def solve(
         raise ValueError("form_step=False is for a network's own gradient: leave `rhs` out.")
     with torch.no_grad():
         _check_finite(options, name)
-        return _solution(options, name, reason, METHODS[name](options))
+        return _run(options, choice, literal=rtol is not None)
 
 
-def _solution(options: Options, method: str, reason: str, found: Found) -> Solution:
-    """What was found, with its true residual and the model's decrease."""
-    status = found.status
+def _run(options: Options, choice: Choice, *, literal: bool) -> Solution:
+    """By the method chosen, and by what is instead where that would cost less or is needed."""
+    name, other = choice.name, choice.instead
+    gave_up: list[str] = []
+    if other is not None and name == "cg":
+        sooner = gives_up(choice.patience, options.rtol)
+
+        def give_up(iterations: int, residual: float) -> bool:
+            if not sooner(iterations, residual):
+                return False
+            gave_up.append(f"after {iterations} iterations the residual was {residual:.1e}")
+            return True
+
+        options = replace(options, give_up=give_up)
+    try:
+        first = _solution(options, name, choice.reason, METHODS[name](options), literal=literal)
+    except FactorizationError as error:
+        if other is None:
+            raise
+        return _solution(
+            options,
+            other,
+            f"{choice.reason}, but {error}",
+            METHODS[other](options),
+            literal=literal,
+        )
+    if other is None or first.status.ok or first.status.code not in (*SOLVED, Code.NOT_FINITE):
+        return first
+    spent = first.iterations if name == "cg" else math.inf
+    if not gave_up and (first.status.code is Code.MAX_ITERATIONS or spent < choice.patience / 2):
+        return first
+    why = gave_up[0] if gave_up else f"{name} left a residual of {first.residual_norm:.1e}"
+    warm = first.formed if other == "cg" and first.residual_norm < 1 else None
+    try:
+        found = METHODS[other](replace(options, initial=warm, give_up=None))
+    except ValueError:
+        return first
+    found = replace(
+        found,
+        iterations=found.iterations + first.iterations,
+        products=found.products + first.products,
+    )
+    second = _solution(options, other, f"{choice.reason}; {why}", found, literal=literal)
+    return second if gave_up or not second.residual_norm > first.residual_norm else first
+
+
+def _solution(
+    options: Options, method: str, reason: str, found: Found, *, literal: bool
+) -> Solution:
+    """What was found, with its true residual, what that says of it, and the model's decrease."""
+    relative, decrease, products = _measured(options, found)
+    status = judged(options, found, relative, literal=literal)
     if reason:
         status = Status(status.code, f"auto chose {method}: {reason}. {status.message}")
-    relative, decrease, products = _measured(options, found)
     return Solution(
         formed=found.step,
         iterations=found.iterations,

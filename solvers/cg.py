@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,6 +92,7 @@ def cg(
     flexible: bool = False,
     vector_device: torch.device | str | None = None,
     progress: bool = False,
+    give_up: Callable[[int, float], bool] | None = None,
 ) -> CGResult:
     """Solves A x = b, minimising 1/2 x'Ax - b'x, for a symmetric A.
 
@@ -132,6 +134,8 @@ def cg(
             room for them; None is b's device. That device then holds b and two more vectors. The
             answer is on b's device.
         progress: Show a progress bar.
+        give_up: Sees the number of iterations and the worst relative residual of the recurrence
+            after each, and ends the solve where it is true, as `max_iterations` would.
 
     Returns:
         The solution and how it was reached.
@@ -172,6 +176,7 @@ def cg(
             flexible=flexible,
             from_zero=initial is None,
             bar=bar,
+            give_up=give_up,
         )
         x, codes, norm, iterations = solve_to_true_residual(system, x, r, run, max_iterations)
     relative = system.relative(norm).to(b.device)
@@ -205,8 +210,10 @@ class _ConjugateGradients:
         flexible: bool,
         from_zero: bool,
         bar: tqdm,
+        give_up: Callable[[int, float], bool] | None,
     ) -> None:
         self.system, self.flexible, self.bar = system, flexible, bar
+        self.give_up, self.count = give_up, 0
         self.on_negative_curvature = on_negative_curvature
         self.ball = None if radius is None else _Ball(radius, system)
         self.eps = torch.finfo(system.dtype).eps
@@ -273,11 +280,15 @@ class _ConjugateGradients:
                     p[j].zero_()
                 r[j].zero_()
             x.addcmul_(p, per_row(step, x))
+            self.count += 1
             if news:
                 ended.update(news)
                 running = running & (outcome == RUNNING)
                 if len(ended) == len(todo):
                     break
+            if self.give_up is not None and self.give_up(self.count, max(residuals)):
+                ended.update({j: Code.MAX_ITERATIONS for j in todo if j not in ended})
+                break
 
             z = system.apply_preconditioner(r)
             rz_old, rz = rz, rr if z is r else row_dots(r, z)

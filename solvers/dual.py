@@ -181,17 +181,46 @@ def gram_by_products(system: System, factor: Factor) -> Tensor:
     return (gram + gram.mT) / 2
 
 
+class FactorizationError(ValueError):
+    """I + G cannot be factored, since G is not finite."""
+
+
 def safe_cholesky(gram: Tensor) -> Tensor:
-    """Cholesky factor of I + G in float64, with G's rounding-made negative part taken off."""
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError(
-            "the Gram matrix is not finite: look at the layers' derivatives on this batch."
-        )
+    """Triangular factor F of I + G = F F' in float64, without G's rounding-made negative part.
+
+    Raises:
+        FactorizationError: G is not finite.
+    """
     matrix = gram.double().clone()
     matrix.diagonal().add_(1)
+    if not bool(torch.isfinite(matrix).all()):
+        raise FactorizationError(
+            "the Gram matrix G = L'J R^{-1} J'L is not finite: raise the damping, whose inverse it "
+            "is a multiple of, use a wider dtype or method='cg', or look at the layers' "
+            "derivatives on this batch."
+        )
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
         return factor
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    repaired = (vectors * eigenvalues.clamp(min=1.0)) @ vectors.mT
-    return torch.linalg.cholesky(repaired)
+    # Of sizes that cannot overflow on the way.
+    largest = matrix.abs().max()
+    try:
+        eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / largest / 2)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # LAPACK's, where its iteration does not converge
+        return _shifted(matrix, largest)
+    roots = (eigenvalues * largest).clamp(min=1.0).sqrt()
+    # R'R = V diag V' for any range of eigenvalues, which a second Cholesky would not be.
+    return torch.linalg.qr(roots.unsqueeze(-1) * vectors.mT, mode="r").R.mT.contiguous()
+
+
+def _shifted(matrix: Tensor, largest: Tensor) -> Tensor:
+    """Cholesky factor with the least multiple of the identity, of a growing series, that works."""
+    shift = float(largest) * len(matrix) * torch.finfo(matrix.dtype).eps
+    while True:
+        matrix.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            return factor
+        shift *= 10

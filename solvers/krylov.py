@@ -223,7 +223,7 @@ def solve_to_true_residual(
                 codes[j] = Code.CONVERGED
             elif not finite[j]:
                 codes[j] = Code.NOT_FINITE
-            elif iterations >= max_iterations:
+            elif iterations >= max_iterations or ended.get(j) is Code.MAX_ITERATIONS:
                 codes[j] = Code.MAX_ITERATIONS
             else:
                 codes[j] = Code.STAGNATED

@@ -12,6 +12,7 @@ from ..operators.base import MatrixFreeOperator
 from ..operators.stage import Stage
 from ..operators.system import System
 from ..operators.tangent import Shape, Tangent, from_rows, size_of, to_rows
+from .dual import safe_cholesky
 
 COLUMNS = 64
 """Columns of L_t that pass through a stage at a time."""
@@ -201,9 +202,7 @@ def low_rank(
                 *(step.control_product(step.control_product_t(p)) @ L.mT for p in _passes(L)),
             ]
         ).double()
-        inner = (W + W.mT) / 2
-        inner.diagonal().add_(1)
-        step = LowRankStep(stage, L, torch.linalg.cholesky(inner), alone)
+        step = LowRankStep(stage, L, safe_cholesky((W + W.mT) / 2), alone)
         steps.append(step)
         # (I + W)^{-1/2} may be any factor of (I + W)^{-1}: the triangular one is cheapest.
         turned = torch.linalg.solve_triangular(step.cholesky, L.double(), upper=False).to(L.dtype)

@@ -85,12 +85,13 @@ def test_auto_with_options_that_only_cg_takes():
 def test_auto_when_the_gram_matrix_is_too_large(monkeypatch):
     monkeypatch.setattr(FACTORS, "DUAL_SIZE", 11)
     monkeypatch.setattr(GRAM, "GRAM_BY_PRODUCTS", 11)
+    monkeypatch.setattr(CHOOSE, "AT_ONCE", 1e9)
     problem = build()
     solution = lq.solve(problem, rtol=1e-10)
     assert solution.method == "dual" and "columns of the Gram matrix" in solution.status.message
     assert "sketch of 1 columns" in solution.status.message
     assert relative(solution.step, dense_solution(problem)) < 1e-8
-    monkeypatch.setattr(CHOOSE, "CG_ITERATIONS", 1)
+    monkeypatch.setattr(CHOOSE, "AT_ONCE", 0)
     solution = lq.solve(problem)
     assert solution.method == "cg" and "N r = 12 > 11: a sketch" in solution.status.message
     monkeypatch.setattr(CHOOSE, "SKETCHED_SIZE", 11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -39,6 +40,7 @@ class Options:
         vector_device: Where CG's vectors live, or None.
         progress: Whether to show a bar.
         form_step: Whether the step itself is wanted, or its costate will do.
+        give_up: For CG: sees iterations and residual, and says when another method costs less.
     """
 
     problem: Problem
@@ -56,6 +58,7 @@ class Options:
     vector_device: torch.device | str | None
     progress: bool
     form_step: bool
+    give_up: Callable[[int, float], bool] | None = None
 
     @cached_property
     def b(self) -> Tensor:
@@ -134,3 +137,20 @@ def like(rows: Tensor, b: Tensor) -> Tensor:
 def worst(miss: Tensor, norm: Tensor) -> float:
     """The largest |H u - b| / |b| of all columns; |H u| where b is zero."""
     return float(torch.where(norm > 0, miss / norm, miss).max())
+
+
+def has_inverse(problem: LQRProblem) -> bool:
+    """Whether R^{-1} is positive and finite in the dtype of the products, where R is numbers."""
+    values = problem.control_cost.block_values
+    limits = torch.finfo(problem.dtype)
+    return values is None or all(v <= 0 or 1 / limits.max < v < 1 / limits.tiny for v in values)
+
+
+def check_inverse(problem: LQRProblem, method: str) -> None:
+    """Raises a ValueError where R is of numbers that have no inverse in the dtype."""
+    if not has_inverse(problem):
+        values = problem.control_cost.block_values
+        raise ValueError(
+            f"method='{method}' needs R^{{-1}}, which overflows {problem.dtype} for damping "
+            f"{min(values or ())}: raise the damping, use a wider dtype, or method='cg'."
+        )

@@ -20,7 +20,7 @@ from ..solvers.dual import Dual, safe_cholesky
 from ..solvers.nystrom import Nystrom
 from ..solvers.residual import Measured, can_measure
 from ..solvers.status import Code, Status
-from .base import Found, Options, like, rows_of
+from .base import Found, Options, check_inverse, like, rows_of
 
 FREE_ITERATIONS = 1000
 """Most iterations without a Gram matrix, unless told otherwise."""
@@ -37,6 +37,7 @@ def by_dual(options: Options) -> Found:
     """
     problem = options.problem
     assert isinstance(problem, LQRProblem)
+    check_inverse(problem, "dual")
     factor = factors.output_factor(problem)
     by_costate = options.in_output_space and can_measure(problem.system)
     if not (by_costate or options.form_step):

@@ -12,7 +12,7 @@ from ..problem import LQRProblem
 from ..solvers.dots import row_norms
 from ..solvers.low_rank import low_rank
 from ..solvers.status import Code, Status
-from .base import Found, Options, like, rows_of, worst
+from .base import Found, Options, check_inverse, like, rows_of, worst
 
 REFINEMENTS = 2
 """Solves of the residual that a sweep is followed by, where float32 asks for them."""
@@ -22,6 +22,7 @@ def by_low_rank(options: Options) -> Found:
     """One backward sweep of factors of all P_t, and with it every value and gain."""
     problem = options.problem
     assert isinstance(problem, LQRProblem)
+    check_inverse(problem, "low_rank")
     system = problem.system
     factors = [
         state_factor(problem, t) if system.state_costs[t] else None

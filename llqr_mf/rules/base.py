@@ -30,6 +30,21 @@ GRAM_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one column takes that passes through a call.
+
+    Args:
+        flops: Multiplications and additions of its GEMMs, from one input.
+        kernels: Operations that are started, a traced call's being one.
+        elements: Numbers that they write beside those.
+    """
+
+    flops: float
+    kernels: float = 1.0
+    elements: float = 0.0
+
+
+@dataclass(frozen=True)
 class Slot:
     """An active tensor among a call's arguments: it moves with the controls or the input.
 
@@ -145,6 +160,14 @@ class Node(Unsaved, ABC):
     def gram_flops(self, size: int) -> float:
         """Those of the Gram matrix of `size` per-sample gradients, beside the pulls to states."""
         return 0.0
+
+    def gram_passes(self, rank: int, samples: int) -> float:
+        """Passes of the whole batch that pulling a column of all samples back is worth."""
+        return 1.0
+
+    def work(self) -> Work:
+        """What a column takes."""
+        return Work(self.flops)
 
     def __init__(self, result: Any, inputs: Sequence[Slot]) -> None:
         self.result = result

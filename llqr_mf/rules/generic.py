@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..operators.tangent import is_plain
-from .base import Call, Curvature, Node, Tangents
+from .base import Call, Curvature, Node, Tangents, Work
 from .gram import Deltas
 from .opaque import handle_of, pull_opaquely, push_opaquely
-from .per_sample import SampleGradients
+from .per_sample import WRITTEN, SampleGradients
+from .work import work_of
 
 
 class GenericNode(Node):
@@ -94,6 +95,33 @@ class GenericNode(Node):
         with self._within():
             pulled = iter(_grad([y for y, _ in pairs], wanted, [c for _, c in pairs]))
         return [next(pulled) if need else None for need in needed]
+
+    def work(self) -> Work:
+        """What the graph's nodes take."""
+        return work_of(self._outputs)
+
+    def gram_flops(self, size: int) -> float:
+        """Those of gradients that are written out, and of all their products."""
+        width = sum(
+            x.numel() for x, held in zip(self._inputs, self._are_parameters, strict=True) if held
+        )
+        return float(size) * width * (size + WRITTEN)
+
+    def gram_passes(self, rank: int, samples: int) -> float:
+        """By the way that one sample goes."""
+        (output,) = self._outputs
+        one = Deltas(
+            output.detach().unsqueeze(0)[:, :1],
+            samples,
+            torch.zeros(1, dtype=torch.int64, device=output.device),
+        )
+        self.gradients_of_samples(one, self._are_parameters)
+        assert self._by_sample is not None
+        return self._by_sample.passes(rank, samples)
+
+    @property
+    def _are_parameters(self) -> list[bool]:
+        return [slot.is_parameter for slot in self._call.slots]
 
     def gradient_size(self, deltas: Deltas, needed: Sequence[bool]) -> int:
         """That of the inputs."""

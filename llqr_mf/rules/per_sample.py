@@ -21,6 +21,9 @@ ROWS = 4096
 ROUNDINGS = 1e3
 """Roundings by which the gradients' sum may differ from that of the whole batch."""
 
+WRITTEN = 600.0
+"""Flops in whose time a number of a gradient is written, some times over."""
+
 PullColumns: TypeAlias = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor | None]
 ]
@@ -102,6 +105,17 @@ class SampleGradients:
             del self.ways[0]
         return None
 
+    def passes(self, rank: int, samples: int) -> float:
+        """Passes of the whole batch in whose time a column of all samples is pulled back.
+
+        Samples under vmap keep products of two vectors where the batch has those of matrices.
+        """
+        if not self.ways:
+            return float(samples)
+        if self.ways[0][0] == self._at_once:
+            return 3.0
+        return 1.0 + math.isqrt(samples // rank)
+
     def _at_once(self, cut: list[int], wanted: list[int], deltas: Deltas) -> list[Tensor]:
         """The vjp of one sample, vmapped over cotangents and samples."""
 
@@ -110,7 +124,7 @@ class SampleGradients:
                 result = self._evaluate(cut, [row.unsqueeze(0) for row in rows], wanted, parameters)
                 return result.squeeze(0)
 
-            _, pull = torch.func.vjp(output, *[self.leaves[i] for i in wanted])
+            pull = torch.func.vjp(output, *[self.leaves[i] for i in wanted])[1]
             pulled: tuple[Tensor, ...] = torch.vmap(pull)(cotangents)
             return pulled
 
