@@ -13,9 +13,11 @@ import torch
 from . import factors
 from .gram_matrix import sketch_columns
 from .methods import Options
-from .methods.base import has_inverse
+from .methods.base import has_inverse, rows_of
+from .operators.apply import apply_rows
 from .output_sweep import calls, samples_are_apart, terminal_factor
 from .problem import LQRProblem
+from .solvers.dots import row_dots
 from .streamed import StreamedProblem
 
 Method = Literal["auto", "cg", "minres", "dual", "low_rank", "riccati"]
@@ -33,9 +35,9 @@ SKETCHED_SIZE = 2**17
 """Most unknowns of the dual."""
 
 AT_ONCE = 8.0
-"""Iterations of CG in whose time a dual is taken without trying: few solves take fewer."""
+"""Iterations of CG in whose time a dual is taken without a look: few solves take fewer."""
 
-TRIED = 0.4
+TRIED = 0.3
 """Share of the dual's time that CG is given before it has to look like ending sooner."""
 
 HOPELESS = 4.0
@@ -64,8 +66,11 @@ VECTORS = 440.0
 ITERATION = 3.6e7
 """An iteration of CG, beside its product and its vectors."""
 
-DUAL_PRODUCTS = 6.0
-"""Products of the dual beside its Gram matrix: the residual, the step and its check."""
+DUAL_PRODUCTS = 8.0
+"""Products of the dual beside its Gram matrix: the residual, the step, its check, a correction."""
+
+DUAL_CALLS = 1e8
+"""What else it calls."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,36 @@ def choose(options: Options) -> Choice:
     if not _has_memory(problem, size):
         return Choice("cg", f"the Gram matrix with N r = {size} rows would take half of the memory")
     patience = dual_in_iterations(problem, factor.rank or 0, factor.samples)
+    likely = math.inf if patience <= AT_ONCE else likely_iterations(options, min(damping))
     told = f"as much as {patience:.2g} iterations of cg by a count of flops"
+    if likely < math.inf:
+        told += f", which may take {likely:.0f}"
     whole = size <= factors.DUAL_SIZE
-    if patience <= AT_ONCE:
+    if patience <= likely:
         what = "the Gram matrix has" if whole else "columns of the Gram matrix have"
         return Choice("dual", f"{what} a closed form with N r = {size} rows; it costs {told}", "cg")
     what = f"N r = {size}" if whole else f"N r = {size} > {factors.DUAL_SIZE}: a sketch"
     return Choice("cg", f"the Gram matrix ({what}) would cost {told}", "dual", patience)
+
+
+def likely_iterations(options: Options, damping: float) -> float:
+    """Iterations of CG, to a factor of about three, for half a product.
+
+    The condition number is put at that along b: kappa = 1 + b'J'QJb / (damping b'b). With rtol the
+    bound of CG is sqrt(kappa) log(2 / rtol) / 2, where the spectrum is flat in its logarithm; where
+    it falls fast log(kappa) / 3 takes the root's place. Most networks are between.
+    """
+    problem = options.problem
+    assert isinstance(problem, LQRProblem)
+    b = rows_of(options.b)[:1]
+    reached = problem.system.output_product(b)
+    bent = row_dots(reached, apply_rows(problem.Q[-1], reached))
+    along = float(bent / row_dots(b, b))
+    kappa = 1 + along / damping
+    if not 1 < kappa < math.inf:
+        return 0.0
+    wanted = math.log(2 / min(1.0, max(options.rtol, 1e-15))) / 2
+    return wanted * math.sqrt(math.sqrt(kappa) * math.log(kappa) / 3)
 
 
 def dual_in_iterations(problem: LQRProblem, rank: int, samples: int) -> float:
@@ -160,7 +188,7 @@ def dual_in_iterations(problem: LQRProblem, rank: int, samples: int) -> float:
         pulled += many * (started + rank * (wide * work.flops + numbers))
     product = 4 * flops + passed
     iteration = product + ITERATION + VECTORS * problem.size
-    dual = DUAL_PRODUCTS * product + pulled
+    dual = DUAL_CALLS + DUAL_PRODUCTS * product + pulled
     if size <= factors.DUAL_SIZE:
         dual += gram + size**2 * (adding * ENTRY + SOLVED_ENTRY) + CHOLESKY * size**3 / 3
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .choose import Choice, Method, choose, gives_up, only_some
-from .judge import SOLVED, check_numbers, default_rtol, judged
+from .judge import check_numbers, default_rtol, judged
 from .low_precision import tensor_float32
 from .methods import METHODS, Found, Options
 from .methods.base import Problem, Products, rows_of, worst
@@ -121,7 +120,8 @@ def solve(
     )
     if products not in get_args(Products):
         raise ValueError(f"products='{products}' is unknown: choose one of {get_args(Products)}.")
-    choice = choose(options) if method == "auto" else Choice(str(method), "")
+    with torch.no_grad():
+        choice = choose(options) if method == "auto" else Choice(str(method), "")
     name = choice.name
     if name not in METHODS:
         raise ValueError(f"method '{name}' is unknown: choose one of {['auto', *METHODS]}.")
@@ -157,35 +157,42 @@ def _run(options: Options, choice: Choice, *, literal: bool) -> Solution:
 
         options = replace(options, give_up=give_up)
     try:
-        first = _solution(options, name, choice.reason, METHODS[name](options), literal=literal)
+        found = METHODS[name](options)
     except FactorizationError as error:
         if other is None:
             raise
-        return _solution(
-            options,
-            other,
-            f"{choice.reason}, but {error}",
-            METHODS[other](options),
-            literal=literal,
-        )
-    if other is None or first.status.ok or first.status.code not in (*SOLVED, Code.NOT_FINITE):
+        found = METHODS[other](options)
+        return _solution(options, other, f"{choice.reason}, but {error}", found, literal=literal)
+    if gave_up:
+        assert other is not None
+        further = _after(found, METHODS[other](replace(options, give_up=None)))
+        return _solution(options, other, f"{choice.reason}; {gave_up[0]}", further, literal=literal)
+    first = _solution(options, name, choice.reason, found, literal=literal)
+    if (
+        other is None
+        or first.status.ok
+        or first.status.code not in (Code.STAGNATED, Code.NOT_FINITE)
+    ):
         return first
-    spent = first.iterations if name == "cg" else math.inf
-    if not gave_up and (first.status.code is Code.MAX_ITERATIONS or spent < choice.patience / 2):
+    if name == "cg" and first.iterations < choice.patience / 2:
         return first
-    why = gave_up[0] if gave_up else f"{name} left a residual of {first.residual_norm:.1e}"
     warm = first.formed if other == "cg" and first.residual_norm < 1 else None
+    why = f"{choice.reason}; {name} left a residual of {first.residual_norm:.1e}"
     try:
-        found = METHODS[other](replace(options, initial=warm, give_up=None))
-    except ValueError:
+        further = _after(found, METHODS[other](replace(options, initial=warm, give_up=None)))
+    except FactorizationError:
         return first
-    found = replace(
+    second = _solution(options, other, why, further, literal=literal)
+    return second if second.residual_norm < first.residual_norm else first
+
+
+def _after(first: Found, found: Found) -> Found:
+    """What was found, with what was spent before it."""
+    return replace(
         found,
         iterations=found.iterations + first.iterations,
         products=found.products + first.products,
     )
-    second = _solution(options, other, f"{choice.reason}; {why}", found, literal=literal)
-    return second if gave_up or not second.residual_norm > first.residual_norm else first
 
 
 def _solution(

@@ -19,7 +19,7 @@ from ..operators.tangent import is_plain
 from .base import Call, Curvature, Node, Tangents, Work
 from .gram import Deltas
 from .opaque import handle_of, pull_opaquely, push_opaquely
-from .per_sample import WRITTEN, SampleGradients
+from .per_sample import AT_ONCE, TOLD_APART, WRITTEN, SampleGradients
 from .work import work_of
 
 
@@ -108,7 +108,9 @@ class GenericNode(Node):
         return float(size) * width * (size + WRITTEN)
 
     def gram_passes(self, rank: int, samples: int) -> float:
-        """By the way that one sample goes."""
+        """By the way that one sample goes; the best where to find out costs as much."""
+        if samples < TOLD_APART:
+            return AT_ONCE
         (output,) = self._outputs
         one = Deltas(
             output.detach().unsqueeze(0)[:, :1],

@@ -24,6 +24,12 @@ ROUNDINGS = 1e3
 WRITTEN = 600.0
 """Flops in whose time a number of a gradient is written, some times over."""
 
+AT_ONCE = 3.0
+"""Passes of the whole batch that samples under vmap take as long as."""
+
+TOLD_APART = 100
+"""Samples above which it pays to try the ways on one before the gradients are wanted."""
+
 PullColumns: TypeAlias = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor | None]
 ]
@@ -106,14 +112,14 @@ class SampleGradients:
         return None
 
     def passes(self, rank: int, samples: int) -> float:
-        """Passes of the whole batch in whose time a column of all samples is pulled back.
+        """Passes of the whole batch in whose time a column of all samples is likely pulled back.
 
         Samples under vmap keep products of two vectors where the batch has those of matrices.
         """
         if not self.ways:
             return float(samples)
         if self.ways[0][0] == self._at_once:
-            return 3.0
+            return AT_ONCE
         return 1.0 + math.isqrt(samples // rank)
 
     def _at_once(self, cut: list[int], wanted: list[int], deltas: Deltas) -> list[Tensor]:

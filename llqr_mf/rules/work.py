@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Work
 
-NODE = 0.15
+NODE = 0.25
 """Time of a node of the graph, in traced calls."""
 
 
