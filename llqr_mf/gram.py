@@ -66,7 +66,8 @@ def _grams(
     """Gram matrices of groups of parameters, each with a factor, or None."""
     deltas = torch.cat(list(_columns(problem, factor)))
     rank, samples = deltas.shape[:2]
-    totals = [deltas.new_zeros(rank, samples, rank, samples) for _ in groups]
+    dtype = _gram_dtype(problem, deltas)
+    totals = [deltas.new_zeros(rank, samples, rank, samples, dtype=dtype) for _ in groups]
     for bound, (cotangents,) in pull_back(problem, deltas):
         assert cotangents is not None
         for total, group in zip(totals, groups, strict=True):
@@ -108,7 +109,9 @@ def cross_gram(problem: LQRProblem, chosen: Tensor) -> Tensor | None:
             f"whole numbers j N + n from 0 to {rank * samples - 1}."
         )
     chosen = chosen.to(problem.device, torch.int64)
-    total = factor.factor_columns(0, 0).new_zeros(rank, samples, 1, len(chosen))
+    none = factor.factor_columns(0, 0)
+    dtype = _gram_dtype(problem, none)
+    total = none.new_zeros(rank, samples, 1, len(chosen), dtype=dtype)
     if not len(chosen):
         return total.reshape(rank * samples, 0)
     kept = _chosen_terms(problem, factor, damping, chosen)
@@ -138,7 +141,7 @@ def gram_diagonal(problem: LQRProblem) -> Tensor | None:
     factor, damping = found
     made: list[Tensor] = []
     for columns in _columns(problem, factor):
-        squares = columns.new_zeros(columns.shape[:2])
+        squares = columns.new_zeros(columns.shape[:2], dtype=_gram_dtype(problem, columns))
         for bound, (cotangents,) in pull_back(problem, columns):
             assert cotangents is not None
             deltas = Deltas(cotangents, factor.samples)
@@ -160,6 +163,11 @@ def _closed_form(problem: LQRProblem) -> tuple[OutputCurvature, tuple[float, ...
     if min(damping) <= 0 or not samples_are_apart(problem):
         return None
     return factor, tuple(damping)
+
+
+def _gram_dtype(problem: LQRProblem, columns: Tensor) -> torch.dtype:
+    """The wider of the weights' and the outputs': a model may change it on its way."""
+    return torch.promote_types(problem.dtype, columns.dtype)
 
 
 def _columns(problem: LQRProblem, factor: OutputCurvature) -> Iterator[Tensor]:

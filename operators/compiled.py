@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import MatrixFreeOperator
 from .condensed_hessian import CondensedHessianOperator
-from .fresh import fresh_rows
+from .fresh import fresh_rows, into
 from .tangent import is_plain
 from .traced import trace_product
 
@@ -86,6 +86,9 @@ class CompiledOperator(MatrixFreeOperator):
             return self.times_rows(v)
         if not is_plain(v):
             return self.base.multiply_rows(v, out)
+        copied = into(self.times_rows, v, out)
+        if copied is not None:
+            return copied
         size = self._columns or max(1, len(v))
         for part, target in zip(v.split(size), out.split(size), strict=True):
             # Memory that both are views of would be guarded, and compiled for, case by case.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import MatrixFreeOperator
+from .fresh import into
 from .system import System
+from .tangent import is_plain
 
 
 class CondensedHessianOperator(MatrixFreeOperator):
@@ -36,11 +38,14 @@ class CondensedHessianOperator(MatrixFreeOperator):
     def multiply_rows(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """H times k vectors kept as rows, shape (k, P), written into `out` if it is given.
 
-        `H @ V` takes columns and returns fresh memory each time; at millions of parameters the
-        page faults of that memory cost as much as a GEMM, which a loop can save.
+        `out` may be v. `H @ V` takes columns and returns fresh memory each time; at millions of
+        parameters the page faults of that memory cost as much as a GEMM, which a loop can save.
         """
         if out is None:
             return self._rows(v)
+        copied = into(self.times_rows, v, out) if is_plain(v) and is_plain(out) else None
+        if copied is not None:
+            return copied
         if self._columns is None:
             return self.system.condensed_product(v, out)
         for part, target in zip(v.split(self._columns), out.split(self._columns), strict=True):

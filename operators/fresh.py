@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -29,3 +30,29 @@ def fresh_rows(proto: Tensor, k: int, n: int) -> Tensor:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return out
+
+
+def into(product: Callable[[Tensor], Tensor], v: Tensor, out: Tensor) -> Tensor | None:
+    """The product of rows copied into `out` where that lies on v's memory; None where it doesn't.
+
+    Writing row by row, or layer by layer, would overwrite what is still to be read.
+
+    Raises:
+        ValueError: `out` doesn't fit v.
+    """
+    if out.shape != v.shape or out.dtype != v.dtype or out.device != v.device:
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: give {v.dtype} of "
+            f"shape {tuple(v.shape)} on {v.device}."
+        )
+    if v.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not v.numel():
+        return None
+    (start, end), (begin, stop) = _extent(v), _extent(out)
+    return out.copy_(product(v)) if start < stop and begin < end else None
+
+
+def _extent(rows: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies."""
+    pairs = zip(rows.shape, rows.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in pairs)
+    return rows.data_ptr(), rows.data_ptr() + length * rows.element_size()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .base import MatrixFreeOperator
 from .compiled import hessian_of
 from .condensed_hessian import CondensedHessianOperator
+from .fresh import into
 from .tangent import is_plain
 from .traced import trace_product
 
@@ -93,6 +94,9 @@ class GraphedOperator(MatrixFreeOperator):
             return self.times_rows(v)
         if not is_plain(v):
             return self.base.multiply_rows(v, out)
+        copied = into(self.times_rows, v, out)
+        if copied is not None:
+            return copied
         size = len(self._input)
         for part, target in zip(v.split(size), out.split(size), strict=True):
             target.copy_(self._run(part))

@@ -119,7 +119,16 @@ _OnPiece = Callable[[_Wide, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def _sweep(on_piece: _OnPiece, a: Tensor, b: Tensor) -> list[Tensor]:
-    """The sums over all pieces of what a function gives for one; shapes (k,)."""
+    """The sums over all pieces of what a function gives for one; shapes (k,).
+
+    Raises:
+        ValueError: The vectors are complex, which float64 would halve without a word.
+    """
+    if a.is_complex() or b.is_complex():
+        raise ValueError(
+            "the solvers take real vectors, and these are complex: give real and imaginary parts "
+            "as a vector of twice the length (torch.view_as_real)."
+        )
     if _goes_by_rows(a):
         rows = [_sweep(on_piece, a[j : j + 1], b[j : j + 1]) for j in range(len(a))]
         return [torch.cat(parts) for parts in zip(*rows, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -83,8 +84,15 @@ class System:
     ) -> None:
         if b.ndim not in (1, 2):
             raise ValueError(f"b has shape {tuple(b.shape)}: give (n,) or columns (n, k).")
-        if not rtol >= 0 or not atol >= 0:
-            raise ValueError(f"tolerances cannot be negative: rtol={rtol}, atol={atol}.")
+        if not b.is_floating_point():
+            raise ValueError(
+                f"b is {b.dtype}: give real floating-point numbers; complex ones as real and "
+                "imaginary parts (torch.view_as_real)."
+            )
+        if not 0 <= rtol < math.inf or not 0 <= atol < math.inf:
+            raise ValueError(
+                f"rtol is {rtol} and atol is {atol}: give finite numbers that are not negative."
+            )
         _check_fit("operator", operator, b)
         self.is_vector = b.ndim == 1
         self.dtype, self.device = b.dtype, b.device
@@ -272,6 +280,8 @@ def _check_fit(name: str, operator: RowProduct, b: Tensor) -> torch.dtype:
             f"the {name} of shape {tuple(operator.shape)} does not fit b of shape {tuple(b.shape)}."
         )
     dtype: torch.dtype = operator.dtype
+    if dtype.is_complex:
+        raise ValueError(f"the {name} is {dtype}: the solvers take real operators.")
     if operator.device != b.device or (name == "operator" and dtype != b.dtype):
         raise ValueError(
             f"the {name} is {dtype} on {operator.device} and b is {b.dtype} on {b.device}: "

@@ -160,6 +160,8 @@ def multiply(operator: RowProduct, v: Tensor, buffer: Tensor | None) -> Tensor:
             f"the callable turned rows of shape {tuple(v.shape)} into {tuple(out.shape)}: it "
             "must map (k, n) to (k, n), one vector per row."
         )
+    if out.is_complex():
+        raise ValueError(f"the callable turned {v.dtype} into {out.dtype}: it must stay real.")
     return out
 
 

@@ -82,7 +82,8 @@ class Picked(Term):
             torch.arange(q, device=a.device).view(1, 1, 1, q, 1),
             other.owners[b].view(tokens, 1, 1, 1, -1),
         )
-        total.index_put_(places, made.view(tokens, r, a.shape[1], q, b.shape[1]), accumulate=True)
+        shape = (tokens, r, a.shape[1], q, b.shape[1])
+        total.index_put_(places, made.view(shape).to(total.dtype), accumulate=True)
 
     def _dense(self, keys: Tensor, size: int) -> Tensor:
         """The rows of some tokens with their zeros, (r, N, V p)."""
