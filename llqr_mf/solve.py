@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -183,7 +184,8 @@ def _run(options: Options, choice: Choice, *, literal: bool) -> Solution:
     except FactorizationError:
         return first
     second = _solution(options, other, why, further, literal=literal)
-    return second if second.residual_norm < first.residual_norm else first
+    kept = first.residual_norm <= second.residual_norm or math.isnan(second.residual_norm)
+    return first if kept else second
 
 
 def _after(first: Found, found: Found) -> Found:
