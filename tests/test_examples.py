@@ -121,3 +121,14 @@ def test_code_in_the_page_on_probing_runs(tmp_path: Path, monkeypatch: pytest.Mo
         exec(compile(block, "docs/probing.md", "exec"), known)
     assert known["f"].mean.shape == (3, 2)
     assert (tmp_path / "runs" / "density" / "header.pt").exists()
+
+
+def test_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step goes down and converges; ten end at less than a tenth."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x, y = torch.randn(24, 6).double(), torch.randn(24, 1).double()
+    losses, ends = load(ROOT / "examples" / "first_step.py").train(model, x, y)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 10
+    assert set(ends) == {"converged"}
+    assert f"{losses[0]:.3g} -> {losses[1]:.3g}" in capsys.readouterr().out
