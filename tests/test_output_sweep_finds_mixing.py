@@ -76,6 +76,7 @@ MIXES = {
     "same parity": lambda x: x + x[[2, 3, 0, 1, 6, 7, 4, 5]],
     "same half": lambda x: x + x[[1, 0, 3, 2, 5, 4, 7, 6]],
     "differences": lambda x: x + 0.5 * (x[[2, 3, 4, 5, 6, 7, 0, 1]] - x[[4, 5, 6, 7, 0, 1, 2, 3]]),
+    "of features": lambda x: x + (x[:, :1] - x[:, 1:2]).roll(2, 0),
     "attention": attention,
     "sort": sorted_rows,
     "square": lambda x: x + 0.1 * x.square().roll(6, 0),

@@ -131,7 +131,9 @@ class _Run:
         self.device, self.remakes = checkpoints_on, dict[int, Remake]()
         trainable = [(n, p) for n, p in program.model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in trainable)
-        self.controls = {id(p): Slot(i, p.detach()) for i, (_, p) in enumerate(trainable)}
+        self.controls = {
+            id(p): Slot(i, p.detach(), is_parameter=True) for i, (_, p) in enumerate(trainable)
+        }
         self.shapes = {slot.id: tuple(slot.value.shape) for slot in self.controls.values()}
         self.next_id = len(trainable)
         self.complex_values: set[int] = set()

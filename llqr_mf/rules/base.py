@@ -51,10 +51,12 @@ class Slot:
     Args:
         id: The program value it is.
         value: Its value on this batch.
+        is_parameter: Whether it is one of the model's own tensors.
     """
 
     id: int
     value: Tensor
+    is_parameter: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import gram
@@ -60,6 +60,7 @@ class SampleGradients:
         samples: int,
     ) -> None:
         self.select, self.pull_columns = select, pull_columns
+        self.within = call.within or nullcontext
         # A module is called as a copy, which may keep what it is shown.
         self.on_a_copy = getattr(call.function, "on_a_copy", lambda: call.function)
         leaves, self.spec = tree_flatten((call.args, dict(call.kwargs)))
@@ -95,7 +96,7 @@ class SampleGradients:
             way, cut = self.ways[0]
             self.function = self.on_a_copy()
             try:
-                with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH):
+                with torch.random.fork_rng(devices=devices), self.within():
                     found = way([i for i in cut if i not in wanted], wanted, deltas)
             except torch.OutOfMemoryError:
                 raise
