@@ -181,7 +181,8 @@ def test_against_dense_jacobians(name, blocks):
 def test_the_way_that_is_right_is_taken(name):
     _, problem = problem_of(name)
     closed_form_gram(problem)
-    cross_gram(problem, torch.tensor([7, 0, 12, 13, 1]))
+    if name != "Dropped":  # out of order, samples would draw each other's random numbers
+        cross_gram(problem, torch.tensor([7, 0, 12, 13, 1]))
     ways = generic_node(problem)._by_sample.ways
     assert (ways[0][0].__name__ if ways else None) == WAYS.get(name, "_at_once")
 
