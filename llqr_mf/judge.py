@@ -97,7 +97,10 @@ def judged(options: Options, found: Found, relative: float, *, literal: bool) ->
 
 
 def _attainable(options: Options, found: Found) -> float:
-    """The relative residual that rounding leaves, eps |H| |u| / |b|, up to the root of eps."""
+    """The relative residual that rounding leaves, eps |H| |u| / |b|, up to the root of eps.
+
+    In half precisions it is up to twice the default, which is a few roundings already.
+    """
     eps = torch.finfo(options.problem.dtype).eps
     if found.step is None:
         return 0.0
@@ -110,7 +113,8 @@ def _attainable(options: Options, found: Found) -> float:
         norm = row_norms(v)
         seen = torch.maximum(seen, norm)
     left = ROUNDED * eps * seen * row_norms(steps) / row_norms(sides)
-    return min(float(left.min()), float(eps**0.5))
+    most = 2 * options.rtol if options.problem.dtype in HALF else float(eps**0.5)
+    return min(float(left.min()), most)
 
 
 def _is_number(value: Any) -> bool:

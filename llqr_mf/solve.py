@@ -64,8 +64,8 @@ def solve(
         method: Which.
         rtol: Wanted true relative residual |H u + g| / |g|, per column; the status says whether it
             was reached. Default: 1e-6 in float64, 1e-5 in float32 and 1e-2 in half precisions, or,
-            where that is less, what the rounding of the products leaves, up to its root (3e-4 in
-            float32).
+            where that is more, what the rounding of the products leaves, up to 3e-4 in float32 and
+            2e-2 in half precisions.
         max_iterations: Limit of the iterative methods.
         preconditioner: For cg and minres: an operator (P, P), or a function of rows (k, P), that
             approximates H^{-1} and is positive definite.
