@@ -95,6 +95,7 @@ def solve(
 
     Raises:
         ValueError: The method does not apply, and the message says which does.
+        RuntimeError: The weights or the batch were written to after the problem was made.
     """
     if not isinstance(problem, LQRProblem | StreamedProblem):
         raise ValueError(f"problem is a {type(problem).__name__}: give an lq.LQRProblem.")
@@ -121,6 +122,9 @@ def solve(
     )
     if products not in get_args(Products):
         raise ValueError(f"products='{products}' is unknown: choose one of {get_args(Products)}.")
+    if isinstance(problem, LQRProblem):
+        # Writes through `.data` too, once: a product sees those only that torch counts.
+        problem.system.check(thorough=True)
     with torch.no_grad():
         choice = choose(options) if method == "auto" else Choice(str(method), "")
     name = choice.name

@@ -99,3 +99,20 @@ def test_a_batch_from_inference_mode():
         x[2, 1] += 1
     with pytest.raises(RuntimeError, match="inputs"):
         problem.hessian @ problem.gradient
+
+
+@pytest.mark.parametrize("method", ["auto", "cg", "dual", "riccati"])
+def test_a_solve_sees_writes_that_torch_does_not_count(method):
+    """Old optimizers step through `.data`, and vector_to_parameters replaces it."""
+    model = mlp(4, 60, 50, 3)
+    x, y = normal(6, 4), torch.arange(6) % 3
+    problem = lq.LQRProblem.from_network(lq.split(model), x, y, loss="cross_entropy")
+    lq.solve(problem, method)
+    model[2].weight.data[3, 7] += 1
+    with pytest.raises(RuntimeError, match=r"2\.weight was written to after"):
+        lq.solve(problem, method)
+    model[2].weight.data[3, 7] -= 1
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat * 1.5, model.parameters())
+    with pytest.raises(RuntimeError, match="was written to after"):
+        lq.solve(problem, method)
