@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from ..errors import NotFiniteError
+from ..errors import FactorizationError, NotFiniteError
 from ..fitting import FitReport
 from ..losses import get_loss
 from ..metrics import get_metric
@@ -38,6 +38,9 @@ from .wrapped import Precondition, WrappedStep
 
 _DEFAULTS: dict[str, Any] = {"max_state": 3.0, "max_turn": 640, "kernels": "tensor"}
 """Options of E-Kronecker by name: state within three times the weights, and M g cheap enough."""
+
+_REFUSED = (NotFiniteError, RefusedError, FactorizationError, LinAlgError)
+"""What a refresh survives: M stays as it was."""
 
 _PERIOD = annealed(first=200, last=1000, steps=10_000)
 
@@ -236,7 +239,7 @@ class LLQR(Optimizer):
                     self._schedule.share(recipe.ema),
                     ready,
                 )
-            except (NotFiniteError, RefusedError, LinAlgError) as error:
+            except _REFUSED as error:
                 self._schedule.retry(step)
                 self._count(refused=1, reason=f"the refresh: {error}")
                 return False

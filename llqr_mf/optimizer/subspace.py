@@ -13,6 +13,7 @@ from ..levenberg_marquardt import LevenbergMarquardt
 from ..operators.apply import apply_rows
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
+from ..solvers.dots import row_dots
 from .weights import GroupTerms
 
 
@@ -122,7 +123,7 @@ def propose(
     """
     mean, direction = _direction(structure, state, options, gradient, before)
     rows = torch.stack([-terms.masked(direction), *state.steps[: options.memory]])
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    rows = _units(rows)
     curvature = _curvature(problem, rows, terms)
     slopes = rows @ torch.stack([mean, gradient], dim=1)
     table = torch.cat([curvature, (rows @ rows.mT).double(), slopes.double()], dim=1).cpu()
@@ -153,9 +154,16 @@ def _direction(
     mean = carried.mul_(share).add_(gradient, alpha=1 - share)
     both = structure._rows(torch.stack([mean, gradient]))
     # A mean that has grown longer than the gradient it is to smooth has gone astray.
-    kept = (both * torch.stack([mean, gradient])).sum(1, dtype=torch.float64)
+    kept = row_dots(both, torch.stack([mean, gradient]))
     astray = kept[0] > kept[1]
     return torch.where(astray, gradient, mean), torch.where(astray, both[1], both[0])
+
+
+def _units(rows: Tensor) -> Tensor:
+    """Rows of norm one, or zero; neither their squares nor a quotient over- or underflows."""
+    largest = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1)
 
 
 def _minimiser(damped: Tensor, slope: Tensor, eps: float) -> Tensor:
@@ -205,7 +213,7 @@ def predicted_decrease(
 ) -> float:
     """-(g'u + 1/2 u'Hu) of a step u that is not the proposal's."""
     rows = step.unsqueeze(0)
-    slope = (gradient * step).sum(dtype=torch.float64)
+    slope = row_dots(gradient.unsqueeze(0), rows)[0]
     return -float(slope + _curvature(problem, rows, terms)[0, 0] / 2)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import FactorizationError
 from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart, ElementwiseChart
@@ -134,7 +135,9 @@ class EKronecker(Structure):
         turn = (new.to(old).mT @ old).square()
         off = torch.cat([turn.sum(0), turn.sum(1)]) - 1
         if not bool((off.abs() < 10 * torch.finfo(old.dtype).eps ** 0.5).all()):
-            raise ValueError(f"'{name}' must be orthogonal: take eigenvectors or the Q of a QR.")
+            raise FactorizationError(
+                f"'{name}' must be orthogonal: take eigenvectors or the Q of a QR."
+            )
         return turn
 
     def _diagonal(self) -> Tensor:
