@@ -71,9 +71,9 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """2-norms, float64, none of which over- or underflows."""
     if all(t.dtype != torch.float64 for t in tensors):
         # The squares of any narrower dtype fit into float64.
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
-    largest = torch.stack(torch._foreach_norm(tensors, torch.inf, dtype=torch.float64))
-    units = torch._foreach_div(tensors, _nonzero(largest).unbind())
+        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))
+    largest = torch.stack(torch._foreach_norm(list(tensors), torch.inf, dtype=torch.float64))
+    units = torch._foreach_div(list(tensors), list(_nonzero(largest).unbind()))
     return largest * torch.stack(torch._foreach_norm(units, 2, dtype=torch.float64))
 
 

@@ -12,6 +12,7 @@ from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart, ElementwiseChart
 from .kronecker import times_sides
+from .saved import check_orthonormal, check_positive
 from .sites import Biases, Kernels, Site, sites
 
 Bases = Mapping[str, Sequence[Tensor | None]]
@@ -189,6 +190,12 @@ class EKronecker(Structure):
         self.set_bases(changed)
         for site in self.sites:
             self.spectrum(site).lerp_(other.spectrum(site), weight)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """All spectra are positive and all bases orthogonal."""
+        spectra = {f"{site.name}.spectrum" for site in self.sites}
+        for name, tensor in tensors.items():
+            (check_positive if name in spectra else check_orthonormal)(name, tensor)
 
     def charts(self) -> Sequence[Chart]:
         """D, on the bases as they are."""
