@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from .recipe import Recipe
@@ -16,6 +17,40 @@ _CHOICES = {
     "precondition": ("gradient", "update"),
     "step": ("base", "subspace"),
 }
+
+
+ASK: Any = object()
+"""No process group was named, and none was declined."""
+
+
+def check_process_group(given: Any) -> None:
+    """Whether LLQR can keep to it.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if given is not ASK and given is not None:
+        raise ValueError(
+            f"process_group is a {type(given).__name__}: LLQR does not average over processes yet. "
+            "Give None if every process trains a model of its own."
+        )
+
+
+def check_alone(given: Any) -> None:
+    """Whether this process's curvature is all there is.
+
+    Raises:
+        RuntimeError: There are other processes, and nobody said that they are no replicas.
+    """
+    if given is None or not (dist.is_available() and dist.is_initialized()):
+        return
+    size = dist.get_world_size()
+    if size > 1:
+        raise RuntimeError(
+            f"torch.distributed runs {size} processes, and LLQR learns M from this one's batches "
+            "only: replicas would drift apart. Train in one process, or use LLQR(..., "
+            "process_group=None) if every process trains a model of its own."
+        )
 
 
 def check_base(base: Any) -> None:

@@ -18,16 +18,17 @@ from ..losses import get_loss
 from ..metrics import get_metric
 from ..network.kept_layers import KeptLayers
 from ..preconditioners.base import Structure
-from ..preconditioners.blueprint import Blueprint
 from ..preconditioners.direct_sum import Rules
-from ..preconditioners.direct_sum import structure as build_structure
 from ..preconditioners.identity import Identity
 from ..problem import LQRProblem
-from .arguments import check_base, check_options
+from . import hooks
+from .arguments import ASK, check_alone, check_base, check_options, check_process_group
 from .bookkeeping import Counts, Timings, bytes_of, tensors_in
-from .checkpoint import load, save
+from .by_parameter import SeenState, asked_by_torch, only_asks_for_state
+from .checkpoint import KEY, load, save, save_by_parameter
 from .coverage import coverage
 from .graft import Graft
+from .made_for import made_for
 from .recipe import Recipe
 from .refresh import Batch, Refresher
 from .running_mean import RefusedError
@@ -35,9 +36,6 @@ from .schedule import RefreshEvery, Schedule, annealed
 from .subspace import Subspace
 from .subspace_step import SubspaceStep
 from .wrapped import Precondition, WrappedStep
-
-_DEFAULTS: dict[str, Any] = {"max_state": 3.0, "max_turn": 640, "kernels": "tensor"}
-"""Options of E-Kronecker by name: state within three times the weights, and M g cheap enough."""
 
 _REFUSED = (NotFiniteError, RefusedError, FactorizationError, LinAlgError)
 """What a refresh survives: M stays as it was."""
@@ -94,6 +92,9 @@ class LLQR(Optimizer):
         cuts: For `split`.
         example_inputs: For `split`.
         seed: Of all random signs.
+        process_group: None says that other processes of `torch.distributed`, if there are any,
+            train models of their own. Without it LLQR raises where there are: it does not average
+            over replicas yet.
         **options: Of the structure, when it is given by name or rules.
 
     Raises:
@@ -120,11 +121,13 @@ class LLQR(Optimizer):
         cuts: Sequence[str] | None = None,
         example_inputs: Any = None,
         seed: int = 0,
+        process_group: Any = ASK,
         **options: Any,
     ) -> None:
         if isinstance(base, LLQR):
             raise ValueError("base is an LLQR: give a torch optimizer.")
         check_base(base)
+        check_process_group(process_group)
         check_options(
             recipe=recipe,
             subspace=subspace,
@@ -135,9 +138,9 @@ class LLQR(Optimizer):
             precondition=precondition,
             step=step,
         )
-        self.model, self.base = model, base
+        self.model, self.base, self._process_group = model, base, process_group
         self._loss, self._metric = get_loss(loss), get_metric(metric)
-        self.structure = _structure(model, structure, options)
+        self.structure = made_for(model, structure, options)
         self.coverage = coverage(model, base, self.structure)
         if not self.coverage.trains_model:
             raise ValueError("base trains no parameter of model: make it of model.parameters().")
@@ -176,7 +179,7 @@ class LLQR(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The base optimizer's."""
-        return self.base.state
+        return SeenState(self, KEY) if asked_by_torch() else self.base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds it to the base optimizer; parameters that M has no place for pass through."""
@@ -219,7 +222,9 @@ class LLQR(Optimizer):
 
         Raises:
             ValueError: Something about the batch or the model is wrong; nothing has changed.
+            RuntimeError: There are other processes (see `process_group`).
         """
+        check_alone(self._process_group)
         if batches is None and targets is not None:
             batches = [(inputs, targets)]
         elif not batches or inputs is not None or targets is not None:
@@ -285,7 +290,15 @@ class LLQR(Optimizer):
         Raises:
             ValueError: The arguments are not those of this kind of step, or something about the
                 batch is wrong; nothing has changed.
+            RuntimeError: There are other processes (see `process_group`).
         """
+        if closure is None and targets is None and only_asks_for_state(self.base):
+            if self._mode == "base":
+                hooks.step_of_base(self.base)
+            return None
+        check_alone(self._process_group)
+        # What the base's own step would have told schedulers that were made for the base.
+        self.base._opt_called = True  # type: ignore[attr-defined]
         if self._mode == "subspace":
             if closure is None or targets is None:
                 raise ValueError(
@@ -345,20 +358,26 @@ class LLQR(Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict as it is, and "llqr": plain tensors and numbers."""
-        return {**self.base.state_dict(), "llqr": save(self)}
+        """The base optimizer's state_dict as it is, and "llqr": plain tensors and numbers.
+
+        For `torch.distributed.checkpoint.state_dict` that is in the first parameter's state.
+        """
+        hooks.before_state_dict(self)
+        if asked_by_torch():
+            made = save_by_parameter(self)
+        else:
+            made = {**self.base.state_dict(), KEY: save(self)}
+        return hooks.after_state_dict(self, made)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores `state_dict`, bit for bit; statistics keep float32 under bfloat16 weights.
 
         Raises:
-            ValueError: It is of other parameters, another structure or another base optimizer;
-                nothing has been changed then.
+            ValueError: It is of other parameters, another structure or another base optimizer, or
+                a tensor, which is named, would make M wrong; nothing has been changed then.
         """
-        if "llqr" not in state_dict:
-            raise ValueError("this is no state of an LLQR optimizer: load it into its `base`.")
-        base = {key: value for key, value in state_dict.items() if key != "llqr"}
-        load(self, state_dict["llqr"], base)
+        load(self, hooks.before_load(self, state_dict))
+        hooks.after_load(self)
 
     def __getstate__(self) -> NoReturn:
         """Refused: a copy would act on another model's parameters, or on this one's twice.
@@ -383,20 +402,3 @@ class LLQR(Optimizer):
         """Adds to `counts`."""
         sums = {name: getattr(self.counts, name) + n for name, n in added.items()}
         self.counts = replace(self.counts, reason=reason or self.counts.reason, **sums)
-
-
-def _structure(model: nn.Module, given: Rules | Structure, options: Mapping[str, Any]) -> Structure:
-    """M for a model; by name, E-Kronecker holds three times the weights unless told otherwise."""
-    if not isinstance(given, Structure):
-        names = {given} if isinstance(given, str) else {name for _, name in given}
-        defaults = _DEFAULTS if names & {"ekron", "ekronecker"} else {}
-        return build_structure(model, given, **{**defaults, **options})
-    if options:
-        raise ValueError(f"{sorted(options)} are options of a structure given by name.")
-    wanted = Blueprint.of(model)
-    if given.layout != wanted.layout or given.device != wanted.proto.device:
-        raise ValueError(
-            "the structure was made for other parameters than the model's trainable ones, or on "
-            "another device: make it with lq.EKronecker(model) or the like."
-        )
-    return given

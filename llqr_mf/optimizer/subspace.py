@@ -41,6 +41,11 @@ class Subspace:
     averaging: float = 0.7
     check_every: int = 5
 
+    @property
+    def remembered(self) -> int:
+        """How many last steps are kept: carrying the mean of gradients takes one."""
+        return max(self.memory, 1 if self.averaging > 0 else 0)
+
     def __post_init__(self) -> None:
         if self.memory < 0 or self.check_every < 1:
             raise ValueError("need memory >= 0 and check_every >= 1.")
@@ -203,8 +208,7 @@ def accept(
             return False
     state.count += 1
     state.mean = mean if options.averaging > 0 else None
-    remembered = max(options.memory, 1 if options.averaging > 0 else 0)
-    state.steps = [step, *state.steps][:remembered]
+    state.steps = [step, *state.steps][: options.remembered]
     return True
 
 
