@@ -28,9 +28,10 @@ from .by_parameter import SeenState, asked_by_torch, only_asks_for_state
 from .checkpoint import KEY, load, save, save_by_parameter
 from .coverage import coverage
 from .graft import Graft
+from .halves import Batch
 from .made_for import made_for
 from .recipe import Recipe
-from .refresh import Batch, Refresher
+from .refresh import Refresher
 from .running_mean import RefusedError
 from .schedule import RefreshEvery, Schedule, annealed
 from .subspace import Subspace
@@ -151,7 +152,7 @@ class LLQR(Optimizer):
             )
         self.generator = torch.Generator(device=self.structure.device).manual_seed(seed)
         self._plain = isinstance(self.structure, Identity)
-        self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator)
+        self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator, model)
         self._schedule = Schedule(refresh_every, spread)
         self._mode = step
         if not self._plain or step == "subspace":
