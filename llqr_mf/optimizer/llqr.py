@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any, Literal, NoReturn
@@ -14,19 +14,18 @@ from torch.optim import Optimizer
 
 from ..errors import FactorizationError, NotFiniteError
 from ..fitting import FitReport
-from ..losses import get_loss
-from ..metrics import get_metric
 from ..network.kept_layers import KeptLayers
 from ..preconditioners.base import Structure
 from ..preconditioners.direct_sum import Rules
 from ..preconditioners.identity import Identity
 from ..problem import LQRProblem
 from . import hooks
-from .arguments import ASK, check_alone, check_base, check_options, check_process_group
+from .arguments import ASK, batches_of, check_alone, check_closure, check_options
 from .bookkeeping import Counts, Timings, bytes_of, tensors_in
 from .by_parameter import SeenState, asked_by_torch, only_asks_for_state
 from .checkpoint import KEY, load, save, save_by_parameter
 from .coverage import coverage
+from .curvature import check_learnable, loss_and_metric
 from .graft import Graft
 from .halves import Batch
 from .made_for import made_for
@@ -75,7 +74,8 @@ class LLQR(Optimizer):
         loss: What the backward passes differentiate, as in `LQRProblem.from_network`: a mean.
         structure: M: a name ("ekronecker", "kronecker", "diagonal", "scalar", "identity", ...),
             pairs (pattern, name or None) for the parameters' names, or a `Structure` for the model.
-        metric: Whose curvature M follows, as in `LQRProblem.from_network`.
+        metric: Whose curvature M follows, as in `LQRProblem.from_network`. None: "fisher", and
+            "gauss_newton" where the loss is a function, which names no output distribution.
         recipe: How M is learned at a refresh.
         refresh_every: Steps between refreshes, a number or a function of the step (`annealed`,
             `burn_in`). By default 200 at first, and 1000 from step 10,000 on.
@@ -109,7 +109,7 @@ class LLQR(Optimizer):
         *,
         loss: Any,
         structure: Rules | Structure = "ekronecker",
-        metric: Any = "fisher",
+        metric: Any = None,
         recipe: Recipe | None = None,
         refresh_every: RefreshEvery = _PERIOD,
         spread: int = 1,
@@ -125,33 +125,28 @@ class LLQR(Optimizer):
         process_group: Any = ASK,
         **options: Any,
     ) -> None:
-        if isinstance(base, LLQR):
-            raise ValueError("base is an LLQR: give a torch optimizer.")
-        check_base(base)
-        check_process_group(process_group)
         check_options(
+            *(model, base),
+            process_group=process_group,
             recipe=recipe,
             subspace=subspace,
             refresh_every=refresh_every,
             spread=spread,
             kl_limit=kl_limit,
+            seed=seed,
             graft=graft,
             precondition=precondition,
             step=step,
         )
         self.model, self.base, self._process_group = model, base, process_group
-        self._loss, self._metric = get_loss(loss), get_metric(metric)
+        self._loss, self._metric = loss_and_metric(loss, metric)
         self.structure = made_for(model, structure, options)
         self.coverage = coverage(model, base, self.structure)
-        if not self.coverage.trains_model:
-            raise ValueError("base trains no parameter of model: make it of model.parameters().")
-        if strict and (left := self.coverage.passed_through):
-            raise ValueError(
-                f"strict: '{left[0].name}' has no preconditioner ({left[0].reason}); give it a "
-                "structure, or use strict=False."
-            )
+        self.coverage.check(strict)
         self.generator = torch.Generator(device=self.structure.device).manual_seed(seed)
         self._plain = isinstance(self.structure, Identity)
+        if not self._plain:
+            check_learnable(self._metric, self.structure, recipe or Recipe())
         self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator, model)
         self._schedule = Schedule(refresh_every, spread)
         self._mode = step
@@ -204,7 +199,7 @@ class LLQR(Optimizer):
 
     @torch.no_grad()
     def refresh(
-        self, inputs: Any, targets: Tensor | None = None, *, batches: Sequence[Batch] | None = None
+        self, inputs: Any, targets: Tensor | None = None, *, batches: Iterable[Batch] | None = None
     ) -> bool:
         """Learns M from the curvature on a batch; weights, gradients and the base do not change.
 
@@ -214,9 +209,9 @@ class LLQR(Optimizer):
         Args:
             inputs: One batch, samples first; a tuple for several inputs.
             targets: Its targets.
-            batches: Instead: several micro-batches (inputs, targets), which count alike. One is
-                in memory at a time, all of them where the recipe has a fit. (Then `inputs` is
-                None.)
+            batches: Instead: several micro-batches (inputs, targets), which count alike; any
+                iterable, read to its end. One is linearised at a time, all of them where the
+                recipe has a fit. (Then `inputs` is None.)
 
         Returns:
             Whether M changed; `counts.reason` says why not.
@@ -226,15 +221,13 @@ class LLQR(Optimizer):
             RuntimeError: There are other processes (see `process_group`).
         """
         check_alone(self._process_group)
-        if batches is None and targets is not None:
-            batches = [(inputs, targets)]
-        elif not batches or inputs is not None or targets is not None:
-            raise ValueError("give inputs and targets, or None and batches=[(x, y), ...].")
-        return not self._plain and self._learn(batches)
+        given = batches_of(inputs, targets, batches)
+        return not self._plain and self._learn(given)
 
     def _learn(self, batches: Sequence[Batch], ready: LQRProblem | None = None) -> bool:
         """One turn of a refresh; M is what it was, bit for bit, where anything is not finite."""
         recipe, step = self._refresher.recipe, self.counts.steps
+        period = self._schedule.period(step)
         with self.timings.of("refresh"), self._full_precision():
             try:
                 # Attributes do not change between the batches of one call.
@@ -249,7 +242,7 @@ class LLQR(Optimizer):
                 self._schedule.retry(step)
                 self._count(refused=1, reason=f"the refresh: {error}")
                 return False
-        self._schedule.advance(step)
+        self._schedule.advance(step, period)
         self._count(refreshes=1)
         if report is not None and not report.accepted:
             self._count(kept=1, reason=f"the fit: {report.reason}")
@@ -310,6 +303,7 @@ class LLQR(Optimizer):
             raise ValueError("step(inputs, targets) needs LLQR(..., step='subspace').")
         loss = None
         if closure is not None:
+            check_closure(closure)
             with torch.enable_grad():
                 loss = closure()
         if loss is not None and not bool(torch.as_tensor(loss).isfinite().all()):
@@ -392,8 +386,9 @@ class LLQR(Optimizer):
         )
 
     def __repr__(self) -> str:
-        """M and the base optimizer."""
-        return f"LLQR(\nstructure: {self.structure.kind}, step: {self._mode}\n{self.base!r}\n)"
+        """M, its metric and the base optimizer."""
+        learned = f"structure: {self.structure.kind}, metric: {self._metric!r}"
+        return f"LLQR(\n{learned}, step: {self._mode}\n{self.base!r}\n)"
 
     def _full_precision(self) -> torch.autocast:
         """The parameters' precision, in whatever autocast the caller is."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..preconditioners.base import Structure
 from ..preconditioners.blueprint import Blueprint
-from ..preconditioners.direct_sum import Rules
+from ..preconditioners.direct_sum import Rules, rule_pairs
 from ..preconditioners.direct_sum import structure as build_structure
 
 _DEFAULTS: dict[str, Any] = {"max_state": 3.0, "max_turn": 640, "kernels": "tensor"}
@@ -19,7 +19,7 @@ _DEFAULTS: dict[str, Any] = {"max_state": 3.0, "max_turn": 640, "kernels": "tens
 def made_for(model: nn.Module, given: Rules | Structure, options: Mapping[str, Any]) -> Structure:
     """M for a model; by name, E-Kronecker holds three times the weights unless told otherwise."""
     if not isinstance(given, Structure):
-        names = {given} if isinstance(given, str) else {name for _, name in given}
+        names = {name for _, name in rule_pairs(given)}
         defaults = _DEFAULTS if names & {"ekron", "ekronecker"} else {}
         return build_structure(model, given, **{**defaults, **options})
     if options:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -47,12 +48,18 @@ class Subspace:
         return max(self.memory, 1 if self.averaging > 0 else 0)
 
     def __post_init__(self) -> None:
-        if self.memory < 0 or self.check_every < 1:
-            raise ValueError("need memory >= 0 and check_every >= 1.")
-        if not (self.damping > 0 and math.isfinite(self.damping) and self.shrink >= 0):
-            raise ValueError("need a finite damping > 0 and shrink >= 0.")
-        if not 0 <= self.averaging < 1:
-            raise ValueError(f"averaging is {self.averaging}: it is a share, from 0 to below 1.")
+        for name, count, least in (
+            ("memory", self.memory, 0),
+            ("check_every", self.check_every, 1),
+        ):
+            if not (isinstance(count, Integral) and count >= least):
+                raise ValueError(f"{name} is {count!r}: give a whole number >= {least}.")
+        if not (isinstance(self.damping, Real) and 0 < self.damping < math.inf):
+            raise ValueError(f"damping is {self.damping!r}: give a finite number > 0.")
+        if not (isinstance(self.shrink, Real) and 0 <= self.shrink < math.inf):
+            raise ValueError(f"shrink is {self.shrink!r}: give a finite number >= 0.")
+        if not (isinstance(self.averaging, Real) and 0 <= self.averaging < 1):
+            raise ValueError(f"averaging is {self.averaging!r}: it is a share, from 0 to below 1.")
 
 
 @dataclass
