@@ -52,8 +52,9 @@ def dense(optimizer):
 
 @pytest.mark.parametrize(("dtype", "structure", "metric"), GRID)
 def test_m_is_near_that_of_float64(dtype, structure, metric):
-    """Of the same numbers: an error of a share s in H is one of s |H| / damping in M, and |H| is
-    about one here. So it is some ten roundings.
+    """Of the same numbers, to some ten roundings.
+
+    An error of a share s in H is one of s |H| / damping in M, and |H| is about one here.
     """
     x, y = batch(dtype=dtype)
     (_, narrow), (_, wide) = (made(dtype, d, structure, metric) for d in (dtype, torch.float64))
