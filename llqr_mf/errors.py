@@ -38,3 +38,10 @@ class Unsaved:
             TypeError: Always, with the remedy.
         """
         raise TypeError(self._remedy)
+
+
+class FactorizationError(ValueError):
+    """A matrix has no Cholesky factor, root or eigenvectors in floating point.
+
+    `LLQR` refuses the refresh that meets it; elsewhere it is an error like any other.
+    """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import FactorizationError
 from ..methods.base import Problem
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
@@ -147,7 +148,7 @@ def _run(
     try:
         objective = ProbeObjective(problems, rows, M, bar)
         found = fitter(objective)
-    except FitFailed as error:
+    except (FitFailed, FactorizationError) as error:
         found = Found(math.nan, math.nan, 0, failure=str(error))
     return replace(found, products=0 if objective is None else objective.products)
 

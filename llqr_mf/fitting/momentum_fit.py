@@ -81,7 +81,7 @@ def fit_by_momentum(
         if step == 0:
             before = value
         for tensor, v, gradient in zip(learned, velocity, gradients, strict=True):
-            norm = float(gradient.norm())
+            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             v.mul_(recipe.momentum).add_(gradient, alpha=min(1.0, recipe.clip / max(norm, 1e-30)))
             tensor.sub_(v, alpha=recipe.learning_rate)
         for chart in charts:

@@ -9,6 +9,10 @@ from typing import Any
 from ..preconditioners.base import Structure
 
 
+VERSION = 1
+"""Of what `FitReport.to_dict` returns."""
+
+
 @dataclass(frozen=True, eq=False)
 class FitReport:
     """What `fit` found, whether it was kept, and what it cost.
@@ -59,8 +63,9 @@ class FitReport:
     preconditioner: Structure
 
     def to_dict(self) -> dict[str, Any]:
-        """All but M, as plain numbers and strings, NaN as None: ready for JSON."""
-        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preconditioner"}
+        """All but M, as plain numbers and strings, NaN as None: ready for JSON, with a version."""
+        held: dict[str, Any] = {"version": VERSION}
+        held |= {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preconditioner"}
         return {name: plain_number(x) for name, x in held.items()}
 
     def __str__(self) -> str:

@@ -47,6 +47,20 @@ class Coverage:
         """Whether the base optimizer trains any parameter of the model."""
         return any(p.trained and p.name != "?" for p in self.parameters)
 
+    def check(self, strict: bool) -> None:
+        """Whether there is something to train, and to `strict` with a preconditioner throughout.
+
+        Raises:
+            ValueError: There is not.
+        """
+        if not self.trains_model:
+            raise ValueError("base trains no parameter of model: make it of model.parameters().")
+        if strict and (left := self.passed_through):
+            raise ValueError(
+                f"strict: '{left[0].name}' has no preconditioner ({left[0].reason}); give it a "
+                "structure, or use strict=False."
+            )
+
     def __str__(self) -> str:
         """One line per parameter."""
         width = max([9, *(len(p.name) for p in self.parameters)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..solvers.dots import row_dots
 
 Graft = Literal["layer", "kl", "none"]
 
@@ -24,16 +26,17 @@ def graft_to_layers(parts: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> 
     device = made[names[0]].device
     index = torch.tensor([places[owner] for owner in owners], device=device)
 
-    def squared(tensors: Mapping[str, Tensor]) -> Tensor:
-        """The squared norms of the layers."""
-        norms = torch._foreach_norm([tensors[n] for n in names], 2, dtype=_wide(made))
-        by_name = torch.stack(norms).square()
-        return by_name.new_zeros(len(places)).index_add_(0, index, by_name)
+    def layers(tensors: Mapping[str, Tensor]) -> Tensor:
+        """The norms of the layers."""
+        by_name = _norms([tensors[n] for n in names])
+        largest = by_name.new_zeros(len(places)).scatter_reduce_(0, index, by_name, "amax")
+        shares = (by_name / _nonzero(largest)[index]).square()
+        return largest * torch.zeros_like(largest).index_add_(0, index, shares).sqrt()
 
-    wanted, got = squared(parts), squared(made)
-    factors = torch.where(got > 0, (wanted / got).sqrt(), torch.zeros_like(got))
+    wanted, got = layers(parts), layers(made)
+    factors = torch.where(got > 0, wanted / got, torch.zeros_like(got))
     for name, factor in zip(names, factors[index].unbind(), strict=True):
-        made[name].mul_(factor)
+        _stretch(made[name], factor)
 
 
 def clip_kl(
@@ -52,20 +55,34 @@ def clip_kl(
         rates: lr, by name.
         limit: See above.
     """
-    wide = _wide(made)
     terms = [
-        rates[n] ** 2 * (parts[n].to(wide) * m.to(wide)).sum(dtype=torch.float64)
+        rates[n] ** 2 * row_dots(parts[n].reshape(1, -1), m.reshape(1, -1)).squeeze()
         for n, m in made.items()
     ]
     size = torch.stack(terms).sum()
     factor = (limit / size.clamp(min=torch.finfo(size.dtype).tiny)).sqrt().clamp(max=1)
+    # A sum that overflows is no reason for a step of zero: the caller skips what is NaN.
+    factor = torch.where(size.isfinite(), factor, torch.full_like(factor, torch.nan))
     for part in made.values():
-        part.mul_(factor)
+        _stretch(part, factor)
 
 
-def _wide(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The widest dtype, float32 at least."""
-    wide = torch.float32
-    for dtype in {t.dtype for t in tensors.values()}:
-        wide = torch.promote_types(wide, dtype)
-    return wide
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """2-norms, float64, none of which over- or underflows."""
+    if all(t.dtype != torch.float64 for t in tensors):
+        # The squares of any narrower dtype fit into float64.
+        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))
+    largest = torch.stack(torch._foreach_norm(list(tensors), torch.inf, dtype=torch.float64))
+    units = torch._foreach_div(list(tensors), list(_nonzero(largest).unbind()))
+    return largest * torch.stack(torch._foreach_norm(units, 2, dtype=torch.float64))
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    """One for zero."""
+    return torch.where(x == 0, torch.ones_like(x), x)
+
+
+def _stretch(part: Tensor, factor: Tensor) -> None:
+    """Multiplies by a float64 number, in two steps: it may lie beyond the part's own range."""
+    root = factor.sqrt()
+    part.mul_(root).mul_(root)

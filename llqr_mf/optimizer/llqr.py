@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any, Literal, NoReturn
@@ -12,32 +12,33 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from ..errors import NotFiniteError
+from ..errors import FactorizationError, NotFiniteError
 from ..fitting import FitReport
-from ..losses import get_loss
-from ..metrics import get_metric
 from ..network.kept_layers import KeptLayers
 from ..preconditioners.base import Structure
-from ..preconditioners.blueprint import Blueprint
 from ..preconditioners.direct_sum import Rules
-from ..preconditioners.direct_sum import structure as build_structure
 from ..preconditioners.identity import Identity
 from ..problem import LQRProblem
-from .arguments import check_base, check_options
+from . import hooks
+from .arguments import ASK, batches_of, check_alone, check_closure, check_options
 from .bookkeeping import Counts, Timings, bytes_of, tensors_in
-from .checkpoint import load, save
+from .by_parameter import SeenState, asked_by_torch, only_asks_for_state
+from .checkpoint import KEY, load, save, save_by_parameter
 from .coverage import coverage
+from .curvature import check_learnable, loss_and_metric
 from .graft import Graft
+from .halves import Batch
+from .made_for import made_for
 from .recipe import Recipe
-from .refresh import Batch, Refresher
+from .refresh import Refresher
 from .running_mean import RefusedError
 from .schedule import RefreshEvery, Schedule, annealed
 from .subspace import Subspace
 from .subspace_step import SubspaceStep
 from .wrapped import Precondition, WrappedStep
 
-_DEFAULTS: dict[str, Any] = {"max_state": 3.0, "max_turn": 640, "kernels": "tensor"}
-"""Options of E-Kronecker by name: state within three times the weights, and M g cheap enough."""
+_REFUSED = (NotFiniteError, RefusedError, FactorizationError, LinAlgError)
+"""What a refresh survives: M stays as it was."""
 
 _PERIOD = annealed(first=200, last=1000, steps=10_000)
 
@@ -73,7 +74,8 @@ class LLQR(Optimizer):
         loss: What the backward passes differentiate, as in `LQRProblem.from_network`: a mean.
         structure: M: a name ("ekronecker", "kronecker", "diagonal", "scalar", "identity", ...),
             pairs (pattern, name or None) for the parameters' names, or a `Structure` for the model.
-        metric: Whose curvature M follows, as in `LQRProblem.from_network`.
+        metric: Whose curvature M follows, as in `LQRProblem.from_network`. None: "fisher", and
+            "gauss_newton" where the loss is a function, which names no output distribution.
         recipe: How M is learned at a refresh.
         refresh_every: Steps between refreshes, a number or a function of the step (`annealed`,
             `burn_in`). By default 200 at first, and 1000 from step 10,000 on.
@@ -91,6 +93,9 @@ class LLQR(Optimizer):
         cuts: For `split`.
         example_inputs: For `split`.
         seed: Of all random signs.
+        process_group: None says that other processes of `torch.distributed`, if there are any,
+            train models of their own. Without it LLQR raises where there are: it does not average
+            over replicas yet.
         **options: Of the structure, when it is given by name or rules.
 
     Raises:
@@ -104,7 +109,7 @@ class LLQR(Optimizer):
         *,
         loss: Any,
         structure: Rules | Structure = "ekronecker",
-        metric: Any = "fisher",
+        metric: Any = None,
         recipe: Recipe | None = None,
         refresh_every: RefreshEvery = _PERIOD,
         spread: int = 1,
@@ -117,35 +122,32 @@ class LLQR(Optimizer):
         cuts: Sequence[str] | None = None,
         example_inputs: Any = None,
         seed: int = 0,
+        process_group: Any = ASK,
         **options: Any,
     ) -> None:
-        if isinstance(base, LLQR):
-            raise ValueError("base is an LLQR: give a torch optimizer.")
-        check_base(base)
         check_options(
+            *(model, base),
+            process_group=process_group,
             recipe=recipe,
             subspace=subspace,
             refresh_every=refresh_every,
             spread=spread,
             kl_limit=kl_limit,
+            seed=seed,
             graft=graft,
             precondition=precondition,
             step=step,
         )
-        self.model, self.base = model, base
-        self._loss, self._metric = get_loss(loss), get_metric(metric)
-        self.structure = _structure(model, structure, options)
+        self.model, self.base, self._process_group = model, base, process_group
+        self._loss, self._metric = loss_and_metric(loss, metric)
+        self.structure = made_for(model, structure, options)
         self.coverage = coverage(model, base, self.structure)
-        if not self.coverage.trains_model:
-            raise ValueError("base trains no parameter of model: make it of model.parameters().")
-        if strict and (left := self.coverage.passed_through):
-            raise ValueError(
-                f"strict: '{left[0].name}' has no preconditioner ({left[0].reason}); give it a "
-                "structure, or use strict=False."
-            )
+        self.coverage.check(strict)
         self.generator = torch.Generator(device=self.structure.device).manual_seed(seed)
         self._plain = isinstance(self.structure, Identity)
-        self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator)
+        if not self._plain:
+            check_learnable(self._metric, self.structure, recipe or Recipe())
+        self._refresher = Refresher(self.structure, recipe or Recipe(), self.generator, model)
         self._schedule = Schedule(refresh_every, spread)
         self._mode = step
         if not self._plain or step == "subspace":
@@ -173,7 +175,7 @@ class LLQR(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The base optimizer's."""
-        return self.base.state
+        return SeenState(self, KEY) if asked_by_torch() else self.base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds it to the base optimizer; parameters that M has no place for pass through."""
@@ -197,7 +199,7 @@ class LLQR(Optimizer):
 
     @torch.no_grad()
     def refresh(
-        self, inputs: Any, targets: Tensor | None = None, *, batches: Sequence[Batch] | None = None
+        self, inputs: Any, targets: Tensor | None = None, *, batches: Iterable[Batch] | None = None
     ) -> bool:
         """Learns M from the curvature on a batch; weights, gradients and the base do not change.
 
@@ -207,25 +209,25 @@ class LLQR(Optimizer):
         Args:
             inputs: One batch, samples first; a tuple for several inputs.
             targets: Its targets.
-            batches: Instead: several micro-batches (inputs, targets), which count alike. One is
-                in memory at a time, all of them where the recipe has a fit. (Then `inputs` is
-                None.)
+            batches: Instead: several micro-batches (inputs, targets), which count alike; any
+                iterable, read to its end. One is linearised at a time, all of them where the
+                recipe has a fit. (Then `inputs` is None.)
 
         Returns:
             Whether M changed; `counts.reason` says why not.
 
         Raises:
             ValueError: Something about the batch or the model is wrong; nothing has changed.
+            RuntimeError: There are other processes (see `process_group`).
         """
-        if batches is None and targets is not None:
-            batches = [(inputs, targets)]
-        elif not batches or inputs is not None or targets is not None:
-            raise ValueError("give inputs and targets, or None and batches=[(x, y), ...].")
-        return not self._plain and self._learn(batches)
+        check_alone(self._process_group)
+        given = batches_of(inputs, targets, batches)
+        return not self._plain and self._learn(given)
 
     def _learn(self, batches: Sequence[Batch], ready: LQRProblem | None = None) -> bool:
         """One turn of a refresh; M is what it was, bit for bit, where anything is not finite."""
         recipe, step = self._refresher.recipe, self.counts.steps
+        period = self._schedule.period(step)
         with self.timings.of("refresh"), self._full_precision():
             try:
                 # Attributes do not change between the batches of one call.
@@ -236,11 +238,11 @@ class LLQR(Optimizer):
                     self._schedule.share(recipe.ema),
                     ready,
                 )
-            except (NotFiniteError, RefusedError, LinAlgError) as error:
+            except _REFUSED as error:
                 self._schedule.retry(step)
                 self._count(refused=1, reason=f"the refresh: {error}")
                 return False
-        self._schedule.advance(step)
+        self._schedule.advance(step, period)
         self._count(refreshes=1)
         if report is not None and not report.accepted:
             self._count(kept=1, reason=f"the fit: {report.reason}")
@@ -282,7 +284,15 @@ class LLQR(Optimizer):
         Raises:
             ValueError: The arguments are not those of this kind of step, or something about the
                 batch is wrong; nothing has changed.
+            RuntimeError: There are other processes (see `process_group`).
         """
+        if closure is None and targets is None and only_asks_for_state(self.base):
+            if self._mode == "base":
+                hooks.step_of_base(self.base)
+            return None
+        check_alone(self._process_group)
+        # What the base's own step would have told schedulers that were made for the base.
+        self.base._opt_called = True  # type: ignore[attr-defined]
         if self._mode == "subspace":
             if closure is None or targets is None:
                 raise ValueError(
@@ -293,6 +303,7 @@ class LLQR(Optimizer):
             raise ValueError("step(inputs, targets) needs LLQR(..., step='subspace').")
         loss = None
         if closure is not None:
+            check_closure(closure)
             with torch.enable_grad():
                 loss = closure()
         if loss is not None and not bool(torch.as_tensor(loss).isfinite().all()):
@@ -342,20 +353,26 @@ class LLQR(Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict as it is, and "llqr": plain tensors and numbers."""
-        return {**self.base.state_dict(), "llqr": save(self)}
+        """The base optimizer's state_dict as it is, and "llqr": plain tensors and numbers.
+
+        For `torch.distributed.checkpoint.state_dict` that is in the first parameter's state.
+        """
+        hooks.before_state_dict(self)
+        if asked_by_torch():
+            made = save_by_parameter(self)
+        else:
+            made = {**self.base.state_dict(), KEY: save(self)}
+        return hooks.after_state_dict(self, made)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores `state_dict`, bit for bit; statistics keep float32 under bfloat16 weights.
 
         Raises:
-            ValueError: It is of other parameters, another structure or another base optimizer;
-                nothing has been changed then.
+            ValueError: It is of other parameters, another structure or another base optimizer, or
+                a tensor, which is named, would make M wrong; nothing has been changed then.
         """
-        if "llqr" not in state_dict:
-            raise ValueError("this is no state of an LLQR optimizer: load it into its `base`.")
-        base = {key: value for key, value in state_dict.items() if key != "llqr"}
-        load(self, state_dict["llqr"], base)
+        load(self, hooks.before_load(self, state_dict))
+        hooks.after_load(self)
 
     def __getstate__(self) -> NoReturn:
         """Refused: a copy would act on another model's parameters, or on this one's twice.
@@ -369,8 +386,9 @@ class LLQR(Optimizer):
         )
 
     def __repr__(self) -> str:
-        """M and the base optimizer."""
-        return f"LLQR(\nstructure: {self.structure.kind}, step: {self._mode}\n{self.base!r}\n)"
+        """M, its metric and the base optimizer."""
+        learned = f"structure: {self.structure.kind}, metric: {self._metric!r}"
+        return f"LLQR(\n{learned}, step: {self._mode}\n{self.base!r}\n)"
 
     def _full_precision(self) -> torch.autocast:
         """The parameters' precision, in whatever autocast the caller is."""
@@ -380,20 +398,3 @@ class LLQR(Optimizer):
         """Adds to `counts`."""
         sums = {name: getattr(self.counts, name) + n for name, n in added.items()}
         self.counts = replace(self.counts, reason=reason or self.counts.reason, **sums)
-
-
-def _structure(model: nn.Module, given: Rules | Structure, options: Mapping[str, Any]) -> Structure:
-    """M for a model; by name, E-Kronecker holds three times the weights unless told otherwise."""
-    if not isinstance(given, Structure):
-        names = {given} if isinstance(given, str) else {name for _, name in given}
-        defaults = _DEFAULTS if names & {"ekron", "ekronecker"} else {}
-        return build_structure(model, given, **{**defaults, **options})
-    if options:
-        raise ValueError(f"{sorted(options)} are options of a structure given by name.")
-    wanted = Blueprint.of(model)
-    if given.layout != wanted.layout or given.device != wanted.proto.device:
-        raise ValueError(
-            "the structure was made for other parameters than the model's trainable ones, or on "
-            "another device: make it with lq.EKronecker(model) or the like."
-        )
-    return given

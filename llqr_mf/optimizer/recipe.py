@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 Learn = Literal["closed_form", "cg", "momentum"]
@@ -37,10 +38,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.learn not in ("closed_form", "cg", "momentum"):
             raise ValueError(f"learn={self.learn!r}: choose 'closed_form', 'cg' or 'momentum'.")
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping is {self.damping}: give a finite number > 0.")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}: it is a share, from 0 to less than 1.")
+        if not (isinstance(self.damping, Real) and 0 < self.damping < float("inf")):
+            raise ValueError(f"damping is {self.damping!r}: give a finite number > 0.")
+        if not (isinstance(self.ema, Real) and 0 <= self.ema < 1):
+            raise ValueError(f"ema is {self.ema!r}: it is a share, from 0 to less than 1.")
         for name, count in (("samples", self.samples), ("probes", self.probes)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}: give at least 1.")
+            if name == "samples" and count is None:
+                continue
+            if not (isinstance(count, Integral) and count >= 1):
+                raise ValueError(f"{name} is {count!r}: give a whole number, at least 1.")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..fitting import FitReport, fit
 from ..fitting.authors_ekronecker import AuthorsEKronecker
 from ..preconditioners.base import Structure
 from ..preconditioners.direct_sum import leaves
 from ..problem import LQRProblem
+from .halves import Batch, at_least_two
 from .recipe import Recipe
 from .running_mean import CLOSED_FORMS, RunningMean
 from .schedule import equal_parts
-
-Batch: TypeAlias = tuple[Any, Tensor]
 
 
 class Refresher:
@@ -27,13 +26,21 @@ class Refresher:
         structure: M, written in place.
         recipe: How it is learned.
         generator: Of random signs.
+        model: Whose batches a fit cuts in half.
 
     Raises:
         ValueError: The structure cannot be learned that way.
     """
 
-    def __init__(self, structure: Structure, recipe: Recipe, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        recipe: Recipe,
+        generator: torch.Generator,
+        model: nn.Module | None = None,
+    ) -> None:
         self.structure, self.recipe, self.generator = structure, recipe, generator
+        self.model = model
         self.mean = RunningMean(structure, recipe, generator)
         self.last_fit: FitReport | None = None
         for part in leaves(structure):
@@ -79,7 +86,7 @@ class Refresher:
                     # No name for the problem: the next one is made when this one is gone.
                     self.mean.add(ready or make(inputs, targets), weight)
                 return None
-            problems = [make(*batch) for batch in at_least_two(batches)]
+            problems = [make(*batch) for batch in at_least_two(batches, self.model)]
             for problem, weight in self._weighted(problems, share):
                 self.mean.add(problem, weight)
             self.last_fit = self._fit(problems)
@@ -108,28 +115,3 @@ class Refresher:
             generator=self.generator,
             exact=False,
         )
-
-
-def at_least_two(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The batches; a single one in two halves, one to fit and one to hold out.
-
-    Raises:
-        ValueError: It has one sample only.
-    """
-    if len(batches) > 1:
-        return batches
-    inputs, targets = batches[0]
-    samples = len(targets)
-    if samples < 2:
-        raise ValueError("a fit holds out half of its batch: give two samples or more.")
-
-    def part(x: Any, rows: slice) -> Any:
-        of_samples = isinstance(x, Tensor) and x.ndim > 0 and len(x) == samples
-        return x[rows] if of_samples else x
-
-    def half(rows: slice) -> Batch:
-        if isinstance(inputs, tuple):
-            return tuple(part(x, rows) for x in inputs), targets[rows]
-        return part(inputs, rows), targets[rows]
-
-    return [half(slice(samples // 2)), half(slice(samples // 2, None))]

@@ -66,7 +66,10 @@ class RunningMean:
     def mixed_factors(
         self, part: Kronecker | EKronecker, problem: LQRProblem, weight: float
     ) -> dict[str, list[Tensor]]:
-        """The mean Kronecker factors of every weight, this problem's included."""
+        """The mean Kronecker factors of every weight, this problem's included.
+
+        Of E-Kronecker, zero where this problem has no curvature: its bases then stay.
+        """
         recipe = self.recipe
         fresh = curvature_factors(
             *(problem, part, "expand", recipe.samples, recipe.probes, self.generator)
@@ -78,7 +81,10 @@ class RunningMean:
             new = list(fresh[site.name])
             if not all_finite(new):
                 raise RefusedError(f"the curvature of '{site.name}' is NaN or infinite")
-            if weight < 1:
+            if isinstance(part, EKronecker) and not all(bool(factor.any()) for factor in new):
+                # A product with a factor of zero is zero: its other factors say nothing either.
+                new = [torch.zeros_like(factor) for factor in new]
+            elif weight < 1:
                 pairs = zip(self._past(part, site, new), new, strict=True)
                 new = [past.lerp(factor, weight) for past, factor in pairs]
             made[site.name] = new
@@ -115,18 +121,30 @@ def _recovered(
 ) -> list[Tensor]:
     """Past factors V_i diag(s_i) V_i', s_i the spectrum's mean over the other sides.
 
-    Eigenvectors do not depend on a factor's scale, which is made that of the fresh one.
+    Eigenvectors do not depend on a factor's scale, which is made that of the fresh one. A past
+    without curvature is zero.
     """
-    curvature = (1 / part.spectrum(site) - damping).clamp(min=0)
+    damped = 1 / part.spectrum(site)
+    curvature = damped - damping
+    # What the roundings of c + damping and of its two reciprocals leave is no curvature.
+    rounding = 4 * torch.finfo(damped.dtype).eps * damped
+    curvature = torch.where(curvature > rounding, curvature, torch.zeros_like(curvature))
     made = []
     for side, (basis, factor) in enumerate(zip(part.bases(site), fresh, strict=True)):
-        values = curvature.movedim(side, 0).flatten(1).mean(1)
-        values = values * (trace(factor) / values.sum().clamp(min=torch.finfo(values.dtype).tiny))
+        values = _of_trace(curvature.movedim(side, 0).flatten(1).mean(1), trace(factor))
         if factor.ndim == 1:
             made.append(values)
         else:
             made.append(values.diag() if basis is None else (basis * values) @ basis.mT)
     return made
+
+
+def _of_trace(values: Tensor, total: Tensor) -> Tensor:
+    """Values >= 0 scaled to a sum, or zero where they are; nothing overflows on the way."""
+    largest = values.max()
+    shares = values / torch.where(largest > 0, largest, torch.ones_like(largest))
+    # The largest share is one.
+    return shares * (total / shares.sum().clamp(min=1))
 
 
 def _ekronecker(part: EKronecker, problem: LQRProblem, weight: float, mean: RunningMean) -> None:

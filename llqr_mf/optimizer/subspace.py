@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..levenberg_marquardt import LevenbergMarquardt
 from ..operators.apply import apply_rows
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
+from ..solvers.dots import row_dots
 from .weights import GroupTerms
 
 
@@ -40,13 +42,24 @@ class Subspace:
     averaging: float = 0.7
     check_every: int = 5
 
+    @property
+    def remembered(self) -> int:
+        """How many last steps are kept: carrying the mean of gradients takes one."""
+        return max(self.memory, 1 if self.averaging > 0 else 0)
+
     def __post_init__(self) -> None:
-        if self.memory < 0 or self.check_every < 1:
-            raise ValueError("need memory >= 0 and check_every >= 1.")
-        if not (self.damping > 0 and math.isfinite(self.damping) and self.shrink >= 0):
-            raise ValueError("need a finite damping > 0 and shrink >= 0.")
-        if not 0 <= self.averaging < 1:
-            raise ValueError(f"averaging is {self.averaging}: it is a share, from 0 to below 1.")
+        for name, count, least in (
+            ("memory", self.memory, 0),
+            ("check_every", self.check_every, 1),
+        ):
+            if not (isinstance(count, Integral) and count >= least):
+                raise ValueError(f"{name} is {count!r}: give a whole number >= {least}.")
+        if not (isinstance(self.damping, Real) and 0 < self.damping < math.inf):
+            raise ValueError(f"damping is {self.damping!r}: give a finite number > 0.")
+        if not (isinstance(self.shrink, Real) and 0 <= self.shrink < math.inf):
+            raise ValueError(f"shrink is {self.shrink!r}: give a finite number >= 0.")
+        if not (isinstance(self.averaging, Real) and 0 <= self.averaging < 1):
+            raise ValueError(f"averaging is {self.averaging!r}: it is a share, from 0 to below 1.")
 
 
 @dataclass
@@ -122,7 +135,7 @@ def propose(
     """
     mean, direction = _direction(structure, state, options, gradient, before)
     rows = torch.stack([-terms.masked(direction), *state.steps[: options.memory]])
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    rows = _units(rows)
     curvature = _curvature(problem, rows, terms)
     slopes = rows @ torch.stack([mean, gradient], dim=1)
     table = torch.cat([curvature, (rows @ rows.mT).double(), slopes.double()], dim=1).cpu()
@@ -153,9 +166,16 @@ def _direction(
     mean = carried.mul_(share).add_(gradient, alpha=1 - share)
     both = structure._rows(torch.stack([mean, gradient]))
     # A mean that has grown longer than the gradient it is to smooth has gone astray.
-    kept = (both * torch.stack([mean, gradient])).sum(1, dtype=torch.float64)
+    kept = row_dots(both, torch.stack([mean, gradient]))
     astray = kept[0] > kept[1]
     return torch.where(astray, gradient, mean), torch.where(astray, both[1], both[0])
+
+
+def _units(rows: Tensor) -> Tensor:
+    """Rows of norm one, or zero; neither their squares nor a quotient over- or underflows."""
+    largest = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1)
 
 
 def _minimiser(damped: Tensor, slope: Tensor, eps: float) -> Tensor:
@@ -195,8 +215,7 @@ def accept(
             return False
     state.count += 1
     state.mean = mean if options.averaging > 0 else None
-    remembered = max(options.memory, 1 if options.averaging > 0 else 0)
-    state.steps = [step, *state.steps][:remembered]
+    state.steps = [step, *state.steps][: options.remembered]
     return True
 
 
@@ -205,7 +224,7 @@ def predicted_decrease(
 ) -> float:
     """-(g'u + 1/2 u'Hu) of a step u that is not the proposal's."""
     rows = step.unsqueeze(0)
-    slope = (gradient * step).sum(dtype=torch.float64)
+    slope = row_dots(gradient.unsqueeze(0), rows)[0]
     return -float(slope + _curvature(problem, rows, terms)[0, 0] / 2)
 
 

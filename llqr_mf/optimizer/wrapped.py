@@ -15,6 +15,7 @@ from ..preconditioners.direct_sum import leaves
 from ..preconditioners.identity import Identity
 from .bookkeeping import Timings
 from .graft import Graft, clip_kl, graft_to_layers
+from .hooks import step_of_base
 from .running_mean import all_finite
 
 Precondition = Literal["gradient", "update"]
@@ -70,7 +71,7 @@ class WrappedStep:
             for name, part in made.items():
                 self.parameters[name].grad = part
             with self.timings.of("base"):
-                self.base.step()
+                step_of_base(self.base)
         finally:
             for name, gradient in gradients.items():
                 self.parameters[name].grad = gradient
@@ -82,7 +83,7 @@ class WrappedStep:
             return _blame({**gradients, **others}, "a gradient")
         before = {name: self.parameters[name].detach().clone() for name in gradients}
         with self._without_decay(), self.timings.of("base"):
-            self.base.step()
+            step_of_base(self.base)
         with self.timings.of("apply"):
             updates = {name: self.parameters[name] - old for name, old in before.items()}
             made = self._times(updates)

@@ -13,9 +13,13 @@ from torch import Tensor
 from ..operators.base import MatrixFreeOperator
 from .blueprint import Blueprint, Like
 from .chart import Chart
+from .saved import check_tensor
 
 Parts: TypeAlias = dict[str, Tensor]
 """Rows by parameter name: each (k, *shape)."""
+
+VERSION = 1
+"""Of what `Structure.state_dict` returns."""
 
 S = TypeVar("S", bound="Structure")
 
@@ -170,14 +174,33 @@ class Structure(MatrixFreeOperator):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors by name, safe for `torch.load(weights_only=True)`."""
-        return {"kind": self.kind, "tensors": dict(self.tensors)}
+        return {"version": VERSION, "kind": self.kind, "tensors": dict(self.tensors)}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`, in place and without casting anything down.
 
         Raises:
-            ValueError: The state is of another structure; nothing has been changed then.
+            ValueError: See `check_state`; nothing has been changed then.
         """
+        self.check_state(state)
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state["tensors"][name])
+
+    @torch.no_grad()
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Whether `load_state_dict` can restore a state.
+
+        Raises:
+            ValueError: It is of another version or structure, or a tensor of it, which is named,
+                is misshapen, of the wrong dtype, not finite, or makes M indefinite.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"the state has version {found}, which does not fit: give what state_dict() of a "
+                f"structure returned, of version {VERSION}."
+            )
         if state.get("kind") != self.kind:
             raise ValueError(
                 f"the state is of a '{state.get('kind')}' structure and this one is '{self.kind}'."
@@ -185,20 +208,20 @@ class Structure(MatrixFreeOperator):
         given = state.get("tensors", {})
         if set(given) != set(self.tensors):
             names = sorted(set(given) ^ set(self.tensors))
-            raise ValueError(f"the state does not fit this structure: {names[:4]} differ.")
+            raise ValueError(
+                f"the state does not fit this structure: {names[:4]} differ. Make the structure "
+                "with the options and for the parameters that it was saved with."
+            )
         for name, tensor in self.tensors.items():
-            if given[name].shape != tensor.shape:
-                raise ValueError(
-                    f"'{name}' has shape {tuple(given[name].shape)} in the state and "
-                    f"{tuple(tensor.shape)} here."
-                )
-            if torch.promote_types(given[name].dtype, tensor.dtype) != tensor.dtype:
-                raise ValueError(
-                    f"'{name}' is {given[name].dtype} in the state and {tensor.dtype} here: make "
-                    "the structure for parameters of the wider dtype."
-                )
-        for name, tensor in self.tensors.items():
-            tensor.copy_(given[name])
+            check_tensor(name, given[name], tensor)
+        self.check_values(given)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Whether finite tensors of the names and shapes of this structure make M definite.
+
+        Raises:
+            ValueError: One, which is named, does not.
+        """
 
     @property
     def memory_bytes(self) -> int:

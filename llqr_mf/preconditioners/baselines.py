@@ -51,6 +51,9 @@ def scaled_identity(problem: LQRProblem) -> Scalar:
         ValueError: The gradient is zero, or the curvature along it is not positive.
     """
     g = problem.gradient
+    # The quotient does not depend on the length of g, whose square may leave the range.
+    largest = float(g.abs().max())
+    g = g / largest if 0 < largest < math.inf else g
     squared, curvature = float(g @ g), float(g @ (problem.hessian @ g))
     if not (squared > 0 and curvature > 0):
         raise ValueError(

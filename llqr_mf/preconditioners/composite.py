@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import Structure
 from .blueprint import Like
+from .saved import SpoiltError, check_positive
 
 C = TypeVar("C", bound="Composite")
 
@@ -80,6 +81,17 @@ class Composite(Structure):
         """An independent copy."""
         own = {name: self.tensors[name].clone() for name in self._own}
         return self._with([structure.clone() for structure in self.structures], own)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """As every part has it."""
+        for i, structure in enumerate(self.structures):
+            given = {name: tensors[self._key(i, name)] for name in structure.tensors}
+            try:
+                structure.check_values(given)
+            except SpoiltError as error:
+                raise SpoiltError(self._key(i, error.name), error.what) from None
+        for name in self._own:
+            check_positive(name, tensors[name])
 
     def check_alike(self, other: Structure) -> None:
         """As for any structure, and part by part."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart, ElementwiseChart
+from .saved import check_positive
 
 
 class Diagonal(Structure):
@@ -64,6 +65,11 @@ class Diagonal(Structure):
         self.check_blend(other, weight)
         for name, tensor in self.tensors.items():
             tensor.lerp_(other.tensors[name], weight)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """All entries are positive."""
+        for name, tensor in tensors.items():
+            check_positive(name, tensor)
 
     def charts(self) -> Sequence[Chart]:
         """The diagonal itself."""

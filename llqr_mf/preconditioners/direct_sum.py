@@ -214,7 +214,7 @@ def structure(like: Like, rules: Rules, **options: Any) -> Structure:
             is matched by none.
     """
     blueprint = Blueprint.of(like)
-    pairs = [("*", rules)] if isinstance(rules, str) else list(rules)
+    pairs = rule_pairs(rules)
     chosen: dict[type[Structure], list[str]] = {}
     kinds = [(pattern, _kind(name)) for pattern, name in pairs]
     for pattern, _ in kinds:
@@ -238,6 +238,27 @@ def structure(like: Like, rules: Rules, **options: Any) -> Structure:
         for kind, names in chosen.items()
     ]
     return made[0] if len(made) == 1 else DirectSum(blueprint, made)
+
+
+def rule_pairs(rules: Rules) -> list[tuple[str, str | None]]:
+    """Rules as pairs.
+
+    Raises:
+        ValueError: They are none.
+    """
+    if isinstance(rules, str):
+        return [("*", rules)]
+    pairs = list(rules) if isinstance(rules, Sequence) else []
+    for pair in pairs:
+        strings = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not strings or not isinstance(pair[1], str | None):
+            raise ValueError(f"{pair!r} is no rule: give pairs (pattern, name or None).")
+    if not pairs:
+        raise ValueError(
+            f"the structure is {rules!r}: give a name from {sorted(KINDS)}, or pairs (pattern, "
+            "name or None)."
+        )
+    return [(pattern, name) for pattern, name in pairs]
 
 
 def _kind(name: str | None) -> type[Structure]:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import FactorizationError
 from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart, ElementwiseChart
 from .kronecker import times_sides
+from .saved import check_orthonormal, check_positive
 from .sites import Biases, Kernels, Site, sites
 
 Bases = Mapping[str, Sequence[Tensor | None]]
@@ -134,7 +136,9 @@ class EKronecker(Structure):
         turn = (new.to(old).mT @ old).square()
         off = torch.cat([turn.sum(0), turn.sum(1)]) - 1
         if not bool((off.abs() < 10 * torch.finfo(old.dtype).eps ** 0.5).all()):
-            raise ValueError(f"'{name}' must be orthogonal: take eigenvectors or the Q of a QR.")
+            raise FactorizationError(
+                f"'{name}' must be orthogonal: take eigenvectors or the Q of a QR."
+            )
         return turn
 
     def _diagonal(self) -> Tensor:
@@ -186,6 +190,12 @@ class EKronecker(Structure):
         self.set_bases(changed)
         for site in self.sites:
             self.spectrum(site).lerp_(other.spectrum(site), weight)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """All spectra are positive and all bases orthogonal."""
+        spectra = {f"{site.name}.spectrum" for site in self.sites}
+        for name, tensor in tensors.items():
+            (check_positive if name in spectra else check_orthonormal)(name, tensor)
 
     def charts(self) -> Sequence[Chart]:
         """D, on the bases as they are."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart
+from .saved import check_definite
 from .sites import Biases, Kernels, Site, side_moments, sites, times_side
 from .spd import clip_eigenvalues, spd_inverse, spd_logdet, spd_root, symmetrised
 
@@ -138,6 +139,11 @@ class Kronecker(Structure):
             pairs = zip(self.factors(site), other.factors(site), other._balance(site), strict=True)
             for mine, theirs, scale in pairs:
                 mine.lerp_(theirs * scale, weight)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """All factors are positive definite."""
+        for name, tensor in tensors.items():
+            check_definite(name, tensor)
 
     def charts(self) -> Sequence[Chart]:
         """For each side, the factors of all sites on that side at once."""

@@ -12,6 +12,7 @@ from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart
 from .diagonal import Diagonal
+from .saved import check_definite, check_gram, check_positive
 from .spd import clip_eigenvalues, spd_inverse, spd_logdet, spd_root, symmetrised
 
 
@@ -185,6 +186,16 @@ class LowRank(Structure):
         self.core.lerp_(other.core, weight)
         for name, diagonal in self._named("diagonal").items():
             diagonal.lerp_(other.tensors[f"{name}.diagonal"], weight)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """D and K are positive definite, and the rows of W orthonormal or zero."""
+        for name in self.layout.names:
+            check_positive(f"{name}.diagonal", tensors[f"{name}.diagonal"])
+        check_definite(self.core_name, tensors[self.core_name])
+        parts = {name: tensors[f"{name}.basis"] for name in self.layout.names}
+        rows = self.join(parts, tensors[self.core_name])
+        dead = (~rows.any(1)).to(rows).diag()
+        check_gram(f"{self.layout.names[0]}.basis", rows @ rows.mT + dead)
 
     def charts(self) -> Sequence[Chart]:
         """K, on D and W as they are; D comes by `set_diagonal`."""

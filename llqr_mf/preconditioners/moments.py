@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import NotFiniteError
 from .ekronecker import EKronecker
 from .kronecker import Kronecker
 from .sites import Site, side_moments
-from .spd import symmetrised
+from .spd import eigen, eigenvectors, symmetrised
 
 
 def site_moments(site: Site, x: Tensor) -> list[Tensor]:
@@ -20,7 +21,13 @@ def site_moments(site: Site, x: Tensor) -> list[Tensor]:
 
 
 def row_moments(structure: Kronecker | EKronecker, rows: Tensor) -> dict[str, Sequence[Tensor]]:
-    """Mean moments of rows (k, P) in every side of every site."""
+    """Mean moments of rows (k, P) in every side of every site.
+
+    Raises:
+        NotFiniteError: A row holds NaN or infinity.
+    """
+    if not bool(rows.isfinite().all()):
+        raise NotFiniteError("the rows hold NaN or infinity: look at the gradients they came from.")
     parts = structure.split(rows.to(structure.dtype))
     return {
         site.name: [moment / len(rows) for moment in site_moments(site, site.gather(parts))]
@@ -55,26 +62,36 @@ def moment_bases(structure: EKronecker, rows: Tensor) -> None:
 
 
 def set_eigenbases(structure: EKronecker, factors: Mapping[str, Sequence[Tensor]]) -> None:
-    """Writes the eigenvectors of factors, by site name, where the structure has a basis."""
-    bases = {
-        site.name: [
-            None if held is None else torch.linalg.eigh(symmetrised(factor.double()))[1]
-            for held, factor in zip(structure.bases(site), factors[site.name], strict=True)
+    """Writes the eigenvectors of factors, by site name, where the structure has a basis.
+
+    A factor of zero says nothing about a basis, which then stays.
+
+    Raises:
+        FactorizationError: A factor has no eigenvectors; nothing has been changed then.
+    """
+    bases: dict[str, list[Tensor | None]] = {}
+    for site in structure.sites:
+        if site.name not in factors:
+            continue
+        pairs = zip(structure.bases(site), factors[site.name], strict=True)
+        bases[site.name] = [
+            None
+            if held is None or not bool(factor.any())
+            else eigenvectors(factor, f"{site.name}, side {side}")
+            for side, (held, factor) in enumerate(pairs)
         ]
-        for site in structure.sites
-        if site.name in factors
-    }
     structure.set_bases(bases)
 
 
 def damped_inverses(factors: Sequence[Tensor], lam: float) -> list[Tensor]:
     """(F_i + epsilon_i I)^{-1}, epsilon_i = lambda^(1/d) m_i / (prod m)^(1/d); see `kfac`."""
-    means = [float(trace(factor).double()) / len(factor) for factor in factors]
-    product = math.prod(means)
-    if product <= 0:
+    means = [float(trace(factor.double())) / len(factor) for factor in factors]
+    if min(means) <= 0:
         # The block is zero, so M is I / lambda.
-        factors, means, product = [torch.zeros_like(f) for f in factors], [1.0] * len(means), 1.0
-    shares = [m * (lam / product) ** (1 / len(means)) for m in means]
+        factors, means = [torch.zeros_like(f) for f in factors], [1.0] * len(means)
+    # By logarithms: a product of means may leave the range where their root does not.
+    root = math.exp((math.log(lam) - sum(map(math.log, means))) / len(means))
+    shares = [m * root for m in means]
     return [_inverse(f.double(), share) for f, share in zip(factors, shares, strict=True)]
 
 
@@ -88,7 +105,7 @@ def _inverse(factor: Tensor, shift: float) -> Tensor:
     if int(info) == 0:
         return symmetrised(torch.cholesky_inverse(lower))
     # Sums in float32 leave a semidefinite matrix with eigenvalues below zero.
-    values, vectors = torch.linalg.eigh(symmetrised(factor))
+    values, vectors = eigen(factor, "a factor")
     return symmetrised((vectors / (values.clamp(min=0) + shift)) @ vectors.mT)
 
 
@@ -99,7 +116,7 @@ def inverse_root(moment: Tensor, damping: float, power: float) -> Tensor:
     if moment.ndim == 1:
         values, vectors = moment.double(), None
     else:
-        values, vectors = torch.linalg.eigh(symmetrised(moment.double()))
+        values, vectors = eigen(moment.double(), "a moment")
     largest = float(values.max())
     if largest <= 0:
         return torch.ones_like(moment) if vectors is None else torch.eye(len(moment)).to(moment)

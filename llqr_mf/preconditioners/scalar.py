@@ -10,6 +10,7 @@ from torch import Tensor
 from .base import Parts, Structure
 from .blueprint import Like
 from .chart import Chart, ElementwiseChart
+from .saved import check_positive
 
 
 class Scalar(Structure):
@@ -79,6 +80,11 @@ class Scalar(Structure):
         self.check_blend(other, weight)
         for name, scale in self.tensors.items():
             scale.lerp_(other.tensors[name], weight)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """All numbers are positive."""
+        for name, tensor in tensors.items():
+            check_positive(name, tensor)
 
     def charts(self) -> Sequence[Chart]:
         """The numbers themselves."""

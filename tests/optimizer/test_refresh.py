@@ -22,7 +22,7 @@ from small_models import (
 import llqr_mf as lq
 from llqr_mf.fitting.authors_ekronecker import AuthorsEKronecker
 from llqr_mf.optimizer import Recipe, annealed, burn_in, refresh
-from llqr_mf.optimizer.refresh import at_least_two
+from llqr_mf.optimizer.halves import at_least_two
 from llqr_mf.optimizer.running_mean import RunningMean
 from llqr_mf.preconditioners.baselines import ekfac, jacobi, kfac, scaled_identity
 from llqr_mf.preconditioners.layerwise import Layerwise

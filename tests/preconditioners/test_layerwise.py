@@ -69,7 +69,7 @@ def test_without_coupling_it_is_the_exact_step():
 def test_has_no_state_and_refuses_what_it_cannot():
     problem = problem_of("mlp")
     M = Layerwise(problem)
-    assert M.state_dict() == {"kind": "layerwise", "tensors": {}}
+    assert M.state_dict() == {"version": 1, "kind": "layerwise", "tensors": {}}
     assert not M.charts()
     for act in (lambda: M.scale_(2.0), lambda: M.blend_(M, 0.5)):
         with pytest.raises(NotImplementedError):
