@@ -8,7 +8,6 @@ from typing import Any
 
 from ..preconditioners.base import Structure
 
-
 VERSION = 1
 """Of what `FitReport.to_dict` returns."""
 

@@ -144,7 +144,7 @@ def check_options(
     _check_used(subspace, chosen)
     if not isinstance(spread, Integral) or spread < 1:
         raise ValueError(f"spread is {spread!r}: give a whole number of steps, at least 1.")
-    if not (isinstance(kl_limit, Real) and kl_limit > 0):
+    if not (isinstance(kl_limit, Real) and float(kl_limit) > 0):
         raise ValueError(f"kl_limit is {kl_limit!r}: give a number > 0.")
     if not isinstance(seed, Integral):
         raise ValueError(f"seed is {seed!r}: give a whole number.")

@@ -258,7 +258,7 @@ def rule_pairs(rules: Rules) -> list[tuple[str, str | None]]:
             f"the structure is {rules!r}: give a name from {sorted(KINDS)}, or pairs (pattern, "
             "name or None)."
         )
-    return [(pattern, name) for pattern, name in pairs]
+    return [(str(pattern), name) for pattern, name in pairs]
 
 
 def _kind(name: str | None) -> type[Structure]:
