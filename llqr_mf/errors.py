@@ -12,6 +12,10 @@ class NotFiniteError(ValueError):
     """
 
 
+class FailedCallError(ValueError):
+    """A call that was traced does not take a batch."""
+
+
 class StaleLayersError(ValueError):
     """The model is no longer the one that was split: `split` it again.
 

@@ -13,7 +13,7 @@ from linear_operator.operators import ConstantDiagLinearOperator
 from torch import Tensor
 
 from .damping import control_cost
-from .errors import StaleLayersError
+from .errors import FailedCallError, StaleLayersError
 from .losses import get_loss
 from .metrics import get_metric
 from .network import Layer, Linearization, NetworkStage, build_stages, linearize, with_curvature
@@ -70,9 +70,12 @@ def network_problem(
         linearization = linearize(
             layers, batch, second_order=the_metric.may_curve, checkpoint=checkpoint
         )
-    except ValueError as error:
+    except FailedCallError as error:
         if run is not None and run.succeeded:
-            raise StaleLayersError(f"{error} The model itself takes it: split() again.") from error
+            raise StaleLayersError(
+                f"{error} The model itself takes it: if anything about the model has changed since "
+                "split(), call split() again."
+            ) from error
         raise
     outputs = linearization.outputs
     check_finite(layers[0].program.model, outputs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from ..errors import FailedCallError
 from ..rules import Call, Node, Slot, is_active_leaf, linearize_call
 from .copies import shared_copy
 from .modes import curvature_pass, differentiable_attention
@@ -173,7 +174,9 @@ class _Run:
                 except RuntimeError as error:
                     if isinstance(error, NotImplementedError):
                         raise
-                    raise ValueError(f"{_label(node)} failed on this batch: {error}") from error
+                    raise FailedCallError(
+                        f"{_label(node)} failed on this batch: {error}"
+                    ) from error
             for source in node.all_input_nodes:
                 readers[source] -= 1
                 if readers[source] == 0:

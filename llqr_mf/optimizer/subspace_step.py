@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import NotFiniteError
+from ..errors import FailedCallError
 from ..losses import Loss
 from ..preconditioners.base import Structure
 from ..problem import LQRProblem
@@ -51,9 +51,7 @@ class SubspaceStep:
         """
         try:
             problem = make(False)
-        except NotFiniteError:
-            raise
-        except ValueError:  # say, of an attribute that the layers' shapes are of
+        except FailedCallError:  # of layers of another width, say
             problem = make(True)
         if not self._agrees(inputs, problem):
             self._own_pass.undo()
