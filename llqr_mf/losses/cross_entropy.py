@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llqr_mf.errors import NotFiniteError
 from llqr_mf.operators.softmax_curvature import SoftmaxCurvature
 
 from .base import Loss
@@ -99,12 +100,12 @@ class CrossEntropy(Loss):
                 f"of shape {tuple(outputs.shape)}.)"
             )
         if not bool(counted.any()):
-            raise ValueError(
+            raise NotFiniteError(  # torch's mean over nothing is NaN
                 f"all targets equal ignore_index={self.ignore_index}, so nothing is left to "
                 "average: skip this batch."
             )
         if self.weight is not None and float(self._normaliser(widen(outputs), targets)) == 0:
-            raise ValueError(
+            raise NotFiniteError(
                 "weight is zero for every class among the targets, so nothing is left to "
                 "average: skip this batch or give positive weights."
             )

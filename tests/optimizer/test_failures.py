@@ -219,6 +219,23 @@ def test_a_batch_that_is_not_finite_is_skipped(bad):
         assert_same(snapshot(net, optimizer), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"step": "subspace"}])
+def test_a_batch_without_a_counted_target_is_skipped(options):
+    """Torch's own mean over nothing is NaN; a loader of padded texts has such batches."""
+    net, optimizer = trained(**options)
+    before = snapshot(net, optimizer)
+    x, y = batch()
+    ignored = torch.full_like(y, -100)
+    assert not optimizer.refresh(x, ignored)
+    assert not optimizer.refresh(None, batches=[(x, y), (x, ignored)])
+    assert optimizer.counts.refused == 2 and "nothing is left" in optimizer.counts.reason
+    if options:
+        assert optimizer.step(x, ignored) is None
+        assert optimizer.counts.skipped == 1
+    assert_same(snapshot(net, optimizer), before)
+    assert optimizer.refresh(x, y)
+
+
 # ---- subspace steps
 
 
