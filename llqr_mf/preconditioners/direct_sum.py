@@ -248,7 +248,7 @@ def rule_pairs(rules: Rules) -> list[tuple[str, str | None]]:
     """
     if isinstance(rules, str):
         return [("*", rules)]
-    pairs = list(rules) if isinstance(rules, Sequence) else []
+    pairs = [*rules] if isinstance(rules, Sequence) else []
     for pair in pairs:
         strings = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
         if not strings or not isinstance(pair[1], str | None):
@@ -258,7 +258,7 @@ def rule_pairs(rules: Rules) -> list[tuple[str, str | None]]:
             f"the structure is {rules!r}: give a name from {sorted(KINDS)}, or pairs (pattern, "
             "name or None)."
         )
-    return [(str(pattern), name) for pattern, name in pairs]
+    return pairs
 
 
 def _kind(name: str | None) -> type[Structure]:

@@ -134,3 +134,16 @@ def test_a_vocabulary_has_no_basis() -> None:
     assert set(AuthorsEKronecker(mlp(2, 3)).tensors) == {
         *("0.weight.q0", "0.weight.q1", "0.weight.d", "0.bias.d"),
     }
+
+
+def test_a_gradient_whose_square_overflows_is_clipped_and_not_dropped():
+    """Targets scale a squared error's gradient g, by which its objective is scaled twice."""
+    falls = []
+    for scale in (1e10, 1e12):
+        net = mlp(4, 5, 3, dtype=torch.float32)
+        x, y = normal(8, 4, dtype=torch.float32), (normal(8, 3, seed=2) * scale).float()
+        one = lq.LQRProblem.from_network(lq.split(net), x, y, loss="mse", damping=1e-2)
+        report = fit(Diagonal(net), one, method="momentum", exact=False, learning_rate=1e-2)
+        assert report.accepted
+        falls.append(report.fit_objective / report.fit_objective_before)
+    assert falls[0] > 1.1 and falls[1] == pytest.approx(falls[0], rel=1e-4)

@@ -121,6 +121,16 @@ def test_a_period_that_fails_later_fails_before_m_changes():
     assert optimizer.counts == counts
 
 
+def test_a_spread_refresh_asks_for_the_period_of_its_first_step():
+    net = model()
+    optimizer = wrap(net, refresh_every=lambda step: 3 + 10 * step, spread=2)
+    for _ in range(2):
+        assert optimizer.refresh(*batch())
+        backward(net, *batch())
+        optimizer.step()
+    assert optimizer._schedule.due == 3
+
+
 # ---- calls
 
 

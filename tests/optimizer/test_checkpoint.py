@@ -150,7 +150,7 @@ MISMATCHES = {
     "count": (lambda s: s["llqr"]["counts"].update(steps="x"), "'steps' is 'x'"),
     "negative": (lambda s: s["llqr"]["counts"].update(skipped=-1), "'skipped' is -1"),
     "due": (lambda s: s["llqr"]["schedule"].update(due=float("nan")), "'due' is nan"),
-    "turn": (lambda s: s["llqr"]["schedule"].update(turn=2), "spread is 1"),
+    "turn": (lambda s: s["llqr"]["schedule"].update(turn=1), "spread is 1"),
     "base": (lambda s: s["llqr"].update(base="AdamW"), "AdamW, and this one is over SGD"),
     "NaN in M": (lambda s: fill(s["llqr"]["structure"]["tensors"], "0.weight.spectrum"), "NaN"),
     "M below zero": (

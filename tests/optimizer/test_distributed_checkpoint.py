@@ -93,6 +93,17 @@ def test_resume_is_bit_exact(base, case, options):
     assert resumed.counts == optimizer.counts
 
 
+def test_a_mean_beside_fewer_steps_than_are_remembered():
+    net, optimizer = fresh("sgd", "subspace of two")
+    train_subspace(net, optimizer, 1)
+    held = optimizer._subspace.state
+    assert len(held.steps) == 1 and held.mean is not None
+    twin, resumed = fresh("sgd", "subspace of two", seed=5)
+    set_optimizer_state_dict(twin, resumed, get_optimizer_state_dict(net, optimizer))
+    assert torch.equal(resumed._subspace.state.mean, held.mean)
+    assert torch.equal(resumed._subspace.state.steps[0], held.steps[0])
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])

@@ -9,8 +9,10 @@ from optimizer.cases import assert_same, backward, batch, model, snapshot, train
 from small_models import normal
 from torch import nn
 
+import llqr_mf as lq
 from llqr_mf.errors import FactorizationError
 from llqr_mf.optimizer import Recipe
+from llqr_mf.optimizer.running_mean import _recovered
 from llqr_mf.preconditioners import moments
 from llqr_mf.preconditioners.spd import eigenvectors
 
@@ -259,3 +261,18 @@ def test_a_fit_with_layers_without_curvature_is_finite():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.counts.refused == 0 and bool(weights(net).isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_the_damping_is_no_past(dtype):
+    """1 / (1 / damping) - damping would be scaled up to the curvature of the next batch."""
+    M = lq.EKronecker(model(dtype))
+    site = M.sites[0]
+    fresh = [torch.eye(n, dtype=dtype) for n in site.sides]
+    for damping in torch.logspace(-6, 1, 50).tolist():
+        M.spectrum(site).fill_(damping).reciprocal_()
+        assert not any(bool(factor.any()) for factor in _recovered(M, site, fresh, damping))
+        M.spectrum(site).fill_(1.5 * damping).reciprocal_()
+        found = _recovered(M, site, fresh, damping)
+        for factor, one in zip(found, fresh, strict=True):
+            torch.testing.assert_close(factor, one, rtol=1e-5, atol=1e-6)
