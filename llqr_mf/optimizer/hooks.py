@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-_GLOBAL = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
-
 
 def step_of_base(base: Optimizer) -> None:
     """The base's step, with its own hooks: those of all optimizers run for the step around it."""
-    held = {name: getattr(torch_optimizer, name) for name in _GLOBAL}
-    for name in _GLOBAL:
-        setattr(torch_optimizer, name, OrderedDict())
-    try:
+    everywhere = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    inner = getattr(type(base).step, "__wrapped__", None)
+    if inner is None or not any(everywhere):
         base.step()
-    finally:
-        for name, hooks in held.items():
-            setattr(torch_optimizer, name, hooks)
+        return
+    # What torch wraps around every optimizer's step, without the hooks of all.
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    for before in base._optimizer_step_pre_hooks.values():
+        args, kwargs = before(base, args, kwargs) or (args, kwargs)
+    inner(base, *args, **kwargs)
+    for after in base._optimizer_step_post_hooks.values():
+        after(base, args, kwargs)
 
 
 def before_state_dict(optimizer: Optimizer) -> None:
