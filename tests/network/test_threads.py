@@ -1,5 +1,6 @@
 """Several threads at once: what torch keeps for the whole process is put back, and not mixed up."""
 
+import sys
 import threading
 
 import pytest
@@ -34,10 +35,15 @@ def at_once(*work):
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(each,)) for each in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # take turns as often as can be
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     if errors:
         raise errors[0]
 
