@@ -23,7 +23,7 @@ from .losses.nothing import Nothing
 from .metrics import Metric, get_metric
 from .metrics.share import Share
 from .network import Layer
-from .network.checks import check_layers
+from .network.checks import check_layers, check_same_calls
 from .network.modes import LOCK
 from .network.snapshot import Snapshot
 from .operators import ControlCost, ControlCostOperator
@@ -224,6 +224,10 @@ class StreamedProblem:
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
         """Every batch's problem, without R; in later passes, with its share of the mean."""
         self._weights.check(thorough=True)
+        if not check:
+            self._check_trained()
+            with self._as_in_first_pass():
+                check_same_calls(self._layers[0].program)
         count = 0
         for inputs, targets in self._passed():
             self._recognise(count, inputs, targets, first=check)
@@ -242,7 +246,7 @@ class StreamedProblem:
 
     def _problem(self, inputs: Any, targets: Tensor, metric: Metric, *, check: bool) -> LQRProblem:
         empty = isinstance(targets, Tensor) and self._loss.is_empty(targets)
-        try:
+        with self._as_in_first_pass():
             return network_problem(
                 LQRProblem,
                 *(self._layers, inputs, targets),
@@ -254,6 +258,24 @@ class StreamedProblem:
                 checkpoint=False,
                 may_be_flat=True,
             )
+
+    def _check_trained(self) -> None:
+        """A step has a place for every trained parameter, and for no other."""
+        named = self._layers[0].program.model.named_parameters()
+        now = [name for name, p in named if p.requires_grad]
+        changed = set(now).symmetric_difference(self.layout.names)
+        if now != list(self.layout.names):
+            raise RuntimeError(
+                f"'{min(changed, default=now[0])}' was frozen, freed, tied, added or taken out "
+                "after the first pass, so that products would be of other parameters: make the "
+                "problem again."
+            )
+
+    @contextmanager
+    def _as_in_first_pass(self) -> Iterator[None]:
+        """Layers that are stale are an error of another kind where there was a first pass."""
+        try:
+            yield
         except StaleLayersError as error:
             if not self._passes:
                 raise

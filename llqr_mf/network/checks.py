@@ -125,7 +125,7 @@ def check_finite(model: nn.Module, outputs: Tensor) -> None:
 def check_same_function(
     program: Program, inputs: tuple[Any, ...], outputs: Tensor, found: ModelRun | None = None
 ) -> None:
-    """The layers compute what the model does, and the model does it again the same.
+    """The layers compute what the model does, by the same calls, and it does it again the same.
 
     Args:
         program: The model that was split.
@@ -135,11 +135,12 @@ def check_same_function(
 
     Raises:
         ValueError: The outputs differ between two runs from the same random state.
-        StaleLayersError: They differ from those of the layers.
+        StaleLayersError: They differ from those of the layers, or the calls do.
     """
     run = found or ModelRun(program, inputs)
     first = run.outputs()
     if close(first, outputs):
+        check_same_calls(program)
         return
     if not close(first, run.again()):
         raise ValueError(
@@ -153,6 +154,20 @@ def check_same_function(
         "and parameters (branches on values, constants made while it was traced), so pass such a "
         "module as one layer, in a list of layers, or give split() its `cuts`."
     )
+
+
+def check_same_calls(program: Program) -> None:
+    """The model makes the calls that were traced, as far as its attributes tell.
+
+    Raises:
+        StaleLayersError: It does not.
+    """
+    changed = program.changed_attribute()
+    if changed is not None:
+        raise StaleLayersError(
+            f"'{changed}' of the model has changed since split(), and its calls with it, so that "
+            "derivatives would be of others: call split() again."
+        )
 
 
 class ModelRun:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import StaleLayersError
+from .checks import check_same_calls
 from .split import Layer, split
 
 T = TypeVar("T")
@@ -17,7 +18,7 @@ class KeptLayers:
     """A split that is made again when the model is no longer the one that was split.
 
     Modes, attributes, modules and hooks may change between two uses; what tells is a run of the
-    model beside its layers (`from_network(check=True)`).
+    model beside its layers (`from_network(check=True)`), and its attributes where outputs stay.
 
     Args:
         model: As in `split`.
@@ -44,6 +45,7 @@ class KeptLayers:
             StaleLayersError: New layers do not compute what the model does either.
         """
         try:
+            check_same_calls(self.layers[0].program)
             return make(self.layers)
         except StaleLayersError:
             self.layers = self._split()

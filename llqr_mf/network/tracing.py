@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import Unsaved
+from .attributes import PARAMETERS, is_switch, read_attributes, same_calls
 from .copies import shared_copy
 from .inplace import make_out_of_place
 from .lowerings import LOWERINGS, TRACE_FORWARD
@@ -47,6 +48,9 @@ class Program(Unsaved):
         model: The user's model (None for a list of callables).
         modes: Train or evaluation mode of every module when it was traced.
         whole: Modules that had to stay whole, with the reason.
+        again: Traces the model as it is now.
+        attributes: What its code could branch on.
+        idle: Names of numbers among these that move without a change of the calls: counters.
     """
 
     graph: fx.Graph
@@ -55,6 +59,9 @@ class Program(Unsaved):
     model: nn.Module
     modes: dict[str, bool]
     whole: dict[str, str]
+    again: Callable[[], Program]
+    attributes: dict[str, Any]
+    idle: set[str] = field(default_factory=set)
 
     _remedy = (
         "layers cannot be pickled or deep-copied: they belong to the model that was split. Call "
@@ -104,6 +111,37 @@ class Program(Unsaved):
             if self.modes.get(name, module.training) != module.training:
                 return name or "the model"
         return None
+
+    def changed_attribute(self) -> str | None:
+        """The first attribute by which the model makes other calls than it did.
+
+        A flag that detaches a value changes no output, so that a run beside the layers does not
+        show it. What moves by itself, as counters do, costs one trace.
+        """
+        now, before = read_attributes(self.model), self.attributes
+        if now == before:
+            return None
+        missing = object()
+        changed = {
+            key
+            for key in now.keys() | before.keys()
+            if key not in self.idle and now.get(key, missing) != before.get(key, missing)
+        }
+        # A graph does not show what is in a module that is one call.
+        inside = [key for key in changed if self._is_inside(key)]
+        hidden = [key for key in inside if is_switch(now.get(key))]
+        if hidden:
+            return min(hidden)
+        if set(inside) != changed and not same_calls(self.graph, self.again().graph):
+            return min(changed.difference(inside))
+        self.attributes.clear()
+        self.attributes.update(now)
+        self.idle.update(key for key in changed if not is_switch(now.get(key)))
+        self.idle.discard(PARAMETERS)
+        return None
+
+    def _is_inside(self, key: str) -> bool:
+        return any(not path or key.startswith(f"{path}.") for path in self.modules)
 
 
 class _Tracer(fx.Tracer):
@@ -233,6 +271,8 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
             model=model,
             modes={name: module.training for name, module in model.named_modules()},
             whole=whole,
+            again=partial(trace, model, run, inputs),
+            attributes=read_attributes(model),
         )
 
 
