@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import ZOO
+from networks import ZOO, normal
 from torch import nn
 
 import llqr_mf as lq
@@ -103,6 +103,29 @@ def test_layers_that_compute_something_else():
         problem(layers)
     problem(layers, check=False)
     problem(lq.split(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stand_in", [-1e4, -1e9, "least", float("-inf")])
+def test_masked_outputs_hide_no_change(stand_in, dtype):
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x, banned):
+            fill = torch.finfo(dtype).min if stand_in == "least" else stand_in
+            return (self.linear(x) * factor["value"]).masked_fill(banned, fill)
+
+    factor = {"value": 1.0}
+    model = Policy().to(dtype)
+    layers = lq.split(model)
+    banned = torch.arange(20).reshape(5, 4) % 3 > 0
+    given = layers, (normal(5, 3).to(dtype), banned), banned.int().argmin(1)
+    lq.LQRProblem.from_network(*given, loss="cross_entropy")
+    factor["value"] = 1.3
+    with pytest.raises(ValueError, match="the layers compute something else"):
+        lq.LQRProblem.from_network(*given, loss="cross_entropy")
 
 
 def test_every_network_passes_its_check():
