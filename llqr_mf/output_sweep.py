@@ -316,14 +316,18 @@ def _keeps_rows(problem: LQRProblem, bound: BoundNode, index: int, live: list[bo
     if samples == 1:
         return True
     shape, proto = shapes[bound.inputs[index]], problem.system.proto
+    is_complex = bound.inputs[index] in problem.origin.linearization.complex_values
     generator = torch.Generator().manual_seed(0)
     largest = max(math.prod(shapes[i]) for i in (bound.inputs[index], *outputs))
     for moves in subsets_that_separate(samples).split(max(1, PROBED_ELEMENTS // largest)):
         # Random, so that what several rows do to another does not cancel.
-        moved = torch.randn(len(moves), *shape, generator=generator)
+        dtype = torch.complex64 if is_complex else torch.float32
+        moved = torch.randn(len(moves), *shape, generator=generator, dtype=dtype)
         moved[~moves] = 0
         tangents: list[Tensor | None] = [None] * len(bound.inputs)
-        tangents[index] = moved.to(proto)
+        tangents[index] = moved.to(
+            proto.device, proto.dtype.to_complex() if is_complex else proto.dtype
+        )
         with torch.no_grad():
             results = bound.node.push_all(tangents)
         stays = ~moves.to(proto.device)
