@@ -94,7 +94,7 @@ def _offence(node: fx.Node) -> str | None:
 def _module_offence(program: Program, node: fx.Node) -> str | None:
     """Of a module that is one call, by the mode it was traced in."""
     path = str(node.target)
-    for name, module in program.modules[path].named_modules(prefix=path):
+    for name, module in program.module_now(path).named_modules(prefix=path):
         trains = program.modes.get(name, module.training)
         rate: Any = getattr(module, "dropout", 0)
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -13,6 +13,7 @@ from linear_operator import LinearOperator
 from torch import Tensor, nn
 
 from ..network import Layer
+from ..network.attributes import is_switch, read_attributes
 from ..network.checks import ModelRun, check_layers, close
 from ..network.kept_layers import KeptLayers
 from ..network.snapshot import Snapshot
@@ -264,11 +265,13 @@ class _Network:
         self._kind, self._versions = self._now()
         self._snapshot = Snapshot(tensors_of(self.model))
 
-    def _now(self) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+    def _now(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         """Modes and what is trained; where the tensors are and how often they were written to."""
         tensors = [tensor for _, tensor in tensors_of(self.model)]
         modes = (module.training for module in self.model.modules())
-        kind = (*modes, *(tensor.requires_grad for tensor in tensors))
+        # What chooses a way may leave the outputs as they are, which tell of all else.
+        switches = (each for each in read_attributes(self.model).items() if is_switch(each[1]))
+        kind = (*modes, *(tensor.requires_grad for tensor in tensors), *switches)
         return kind, tuple(v for t in tensors for v in (t.data_ptr(), t._version))
 
 

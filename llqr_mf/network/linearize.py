@@ -138,6 +138,8 @@ class _Run:
         self.shapes = {slot.id: tuple(slot.value.shape) for slot in self.controls.values()}
         self.next_id = len(trainable)
         self.complex_values: set[int] = set()
+        self.twin: nn.Module | None = None
+        """A copy of the model as it is now, on which modules that are one call may leave marks."""
         self.env: dict[fx.Node, Any] = {}
         # The model's tensors of now: a forward may have put new buffers in place of the traced.
         model = program.model
@@ -283,7 +285,9 @@ class _Run:
 
     def _module_call(self, path: str) -> tuple[Any, list[Any]]:
         """A whole module as a function of its parameters; its buffers are never written to."""
-        module = self.program.modules[path]
+        if self.twin is None:
+            self.twin = shared_copy(self.program.model)
+        module = self.program.module_now(path, self.twin)
         prefix = f"{path}." if path else ""
         names = [name for name, _ in module.named_parameters()]
         slots = [self._tensor(prefix + name, p) for name, p in module.named_parameters()]

@@ -44,7 +44,7 @@ class Program(Unsaved):
     Args:
         graph: The traced graph; every node's `meta["owner"]` is the path of the module it is in.
         tensors: Parameters, buffers and constants, by the name the graph uses.
-        modules: Modules that are one call each, by path.
+        modules: Modules that are one call each, by path; `module_now` has them as they are now.
         model: The user's model (None for a list of callables).
         modes: Train or evaluation mode of every module when it was traced.
         whole: Modules that had to stay whole, with the reason.
@@ -67,6 +67,14 @@ class Program(Unsaved):
         "layers cannot be pickled or deep-copied: they belong to the model that was split. Call "
         "split() on the copied or loaded model."
     )
+
+    def module_now(self, path: str, model: nn.Module | None = None) -> nn.Module:
+        """A module that is one call, of the model or of a copy of it.
+
+        A module that the model does not name is the one that was traced.
+        """
+        known = dict((model or self.model).named_modules(remove_duplicate=False))
+        return known.get(path, self.modules[path])
 
     @property
     def inputs(self) -> int:
@@ -127,13 +135,10 @@ class Program(Unsaved):
             for key in now.keys() | before.keys()
             if key not in self.idle and now.get(key, missing) != before.get(key, missing)
         }
-        # A graph does not show what is in a module that is one call.
-        inside = [key for key in changed if self._is_inside(key)]
-        hidden = [key for key in inside if is_switch(now.get(key))]
-        if hidden:
-            return min(hidden)
-        if set(inside) != changed and not same_calls(self.graph, self.again().graph):
-            return min(changed.difference(inside))
+        # A module that is one call runs as it is now.
+        outside = {key for key in changed if not self._is_inside(key)}
+        if outside and not same_calls(self.graph, self.again().graph):
+            return min(outside)
         self.attributes.clear()
         self.attributes.update(now)
         self.idle.update(key for key in changed if not is_switch(now.get(key)))

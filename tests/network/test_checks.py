@@ -80,11 +80,27 @@ def test_models_that_change_from_call_to_call():
 
     model = Counter()
     model.calls = 3
-    with pytest.raises(ValueError, match="the model is not deterministic"):
-        layers = lq.split(model)
-        problem(layers)
-        problem(layers)
+    layers = lq.split(model)
+    for _ in range(2):
+        # That of the model's own next call, which has not been made.
+        outputs = problem(layers).origin.outputs
+        assert torch.equal(outputs, model.linear(X).detach() * 4)
     assert model.calls == 3
+
+
+def test_models_that_differ_from_themselves():
+    calls = iter(range(1, 100))
+
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x) * next(calls) if x.sum() > -1e9 else x
+
+    with pytest.raises(ValueError, match="the model is not deterministic"):
+        problem(Outside())
 
 
 def test_layers_that_compute_something_else():
