@@ -218,6 +218,20 @@ def test_a_function_that_is_no_mean_over_samples_is_refused(loss: Any) -> None:
     torch.testing.assert_close(one.gradient, whole.gradient, **CLOSE)
 
 
+def test_a_mean_over_tokens_whose_halves_balance_is_no_mean_over_samples() -> None:
+    """Two halves with six tokens each average to the whole; two parts of unequal size do not."""
+    counts = torch.tensor([1, 1, 4, 2, 2, 2])
+    kept = torch.arange(4) < counts.unsqueeze(1)
+    real = torch.where(kept, normal(6, 4).abs() + 1, torch.zeros(6, 4).double())
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b).square() * (b > 0)).sum() / (b > 0).sum()
+
+    layers, x = lq.split(mlp(4, 5, 4)), normal(6, 4, seed=2)
+    with pytest.raises(ValueError, match="no mean over samples"):
+        lq.StreamedProblem(layers, [(x, real), (x, real)], loss=loss)
+
+
 def test_a_divisor_makes_a_mean_of_it() -> None:
     loss = CallableLoss(masked, divisor=lambda a, b: (b[:, :1] > 0).sum())
     whole, streamed = pair(loss, REAL, "gauss_newton", [4, 1, 6])
