@@ -96,7 +96,7 @@ class StreamedProblem:
         self._progress = progress
         check_layers(layers)
         model = layers[0].program.model
-        self._weights = Snapshot(read_by(model))
+        self._weights = Snapshot(read_by(model), model)
         self._random = RandomState(next(model.parameters()).device)
         self.totals, value = Totals(), 0.0
         self.output_shapes: set[torch.Size] = set()

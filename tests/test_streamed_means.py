@@ -140,6 +140,18 @@ def test_a_cost_on_a_layer_counts_the_samples_of_an_ignored_batch() -> None:
     torch.testing.assert_close(added, 0.3 / N * inner.mT @ inner, **CLOSE)
 
 
+def test_smoothed_targets_of_classes_without_weight_are_not_passed_over() -> None:
+    weight = torch.tensor([0.0, 1.0, 2.0], dtype=X.dtype)
+    y = torch.arange(len(X)) % 3
+    y[:4] = 0
+    loss = CrossEntropy(weight=weight, label_smoothing=0.1)
+    # Torch's mean of the first batch divides by zero, and the whole one counts its smoothed share.
+    with pytest.raises(ValueError, match="larger batches"):
+        pair(loss, y, "newton", [4, len(X) - 4])
+    whole, streamed = pair(loss, y, "newton", [5, len(X) - 5])
+    torch.testing.assert_close(streamed.gradient, whole.gradient, **CLOSE)
+
+
 def test_a_stream_without_any_target_is_refused() -> None:
     layers = lq.split(mlp(4, 5, 3))
     for loss, y in (

@@ -244,6 +244,8 @@ def _listed(problems: Problems) -> list[Problem]:
                 f"a {type(problem).__name__} was given as a problem: make an LQRProblem or a "
                 "StreamedProblem."
             )
+        if isinstance(problem, LQRProblem):
+            problem.system.check(thorough=True)  # as `solve`
     return listed
 
 

@@ -109,7 +109,8 @@ class Laplace:
         cost = prior_cost(problem, prior_precision, self.scale)
         self._given = problem
         check_deterministic(self._layers[0].program)
-        self._snapshot = Snapshot(tensors_of(self._layers[0].program.model))
+        model = self._layers[0].program.model
+        self._snapshot = Snapshot(tensors_of(model), model)
         self.check()
         self._options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations}
         damped = problem._with_control_cost(cost)

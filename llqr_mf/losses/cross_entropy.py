@@ -107,7 +107,7 @@ class CrossEntropy(Loss):
         if self.weight is not None and float(self._normaliser(widen(outputs), targets)) == 0:
             raise NotFiniteError(
                 "weight is zero for every class among the targets, so nothing is left to "
-                "average: skip this batch or give positive weights."
+                "average: skip this batch, give positive weights, or larger batches."
             )
 
     def count(self, outputs: Tensor, targets: Tensor) -> int:
@@ -121,12 +121,15 @@ class CrossEntropy(Loss):
         return float(self._normaliser(widen(outputs), targets))
 
     def is_empty(self, targets: Tensor) -> bool:
-        """Whether all positions are ignored, or of classes without weight."""
+        """Whether all positions are ignored, or of classes without weight.
+
+        Smoothed targets of such a class have a part in the mean of a larger batch.
+        """
         if targets.is_floating_point():
             return False
         index = targets.long()
         index = index[index != self.ignore_index]
-        if self.weight is None or not len(index):
+        if self.weight is None or self.label_smoothing or not len(index):
             return not len(index)
         known = bool(((index >= 0) & (index < len(self.weight))).all())
         return known and not bool(self.weight.to(index.device)[index].any())

@@ -90,11 +90,17 @@ class KLDivergence(CrossEntropy):
     def _normaliser(self, wide: Tensor, targets: Tensor) -> Tensor:
         return wide.new_tensor(self.mass(wide, targets))
 
+    def _axis(self, outputs: Tensor, targets: Tensor) -> int:
+        """That over which the outputs are normalised: torch's function is the same for all."""
+        axis = super()._axis(outputs, targets)
+        if self.class_dim is not None or outputs.ndim == 2:
+            return axis
+        return min((-1, 1), key=lambda one: _off(outputs, one))
+
 
 def check_normalised(outputs: Tensor, axis: int, name: str, function: str) -> None:
     """Outputs must be logarithms of probabilities that add up to one."""
-    wide = widen(outputs.detach())
-    off = float(wide.logsumexp(axis).abs().max())
+    off = _off(outputs, axis)
     # A LogSoftmax leaves the rounding of its logits, which may be large: half of the digits.
     bound = math.sqrt(torch.finfo(outputs.dtype).eps) * (1 + math.log(outputs.shape[axis]))
     if not off <= bound:
@@ -103,3 +109,8 @@ def check_normalised(outputs: Tensor, axis: int, name: str, function: str) -> No
             f"{off:.3g} off zero. End the model in nn.LogSoftmax({axis}), use 'cross_entropy' for "
             f"logits, or lambda o, t: {function} for the function as it is."
         )
+
+
+def _off(outputs: Tensor, axis: int) -> float:
+    """By how much exponentials do not add up to one."""
+    return float(widen(outputs.detach()).logsumexp(axis).abs().max())

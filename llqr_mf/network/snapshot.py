@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WIDTH = 2039
 """Numbers in a checksum, and the most that a tensor is compared entry by entry with: a prime, so
@@ -21,9 +21,13 @@ class Snapshot:
 
     Args:
         tensors: Pairs (name, tensor).
+        model: Whose tensors they are, if one that another was put in place of is to be noticed.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self, tensors: Iterable[tuple[str, Tensor]], model: nn.Module | None = None
+    ) -> None:
+        self._model = model
         self._held = [(name, tensor, _checksum(tensor)) for name, tensor in tensors]
         self._versions = [_version(tensor) for _, tensor, _ in self._held]
 
@@ -35,7 +39,16 @@ class Snapshot:
                 to `.data`, nor where `.data` was replaced (`vector_to_parameters` does so). That
                 reads all weights, so products leave it out, and `solve` asks for it once.
         """
+        now: dict[str, Tensor] | None = None
+        if self._model is not None:
+            now = dict(self._model.named_buffers(remove_duplicate=False))
+            now |= dict(self._model.named_parameters(remove_duplicate=False))
         for i, (name, tensor, before) in enumerate(self._held):
+            current = tensor if now is None else now.get(name)
+            if current is not tensor:
+                if current is None or not _same(current, before):
+                    return name
+                continue
             version = _version(tensor)
             if version is not None and version == self._versions[i] and not thorough:
                 continue

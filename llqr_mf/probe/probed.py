@@ -11,6 +11,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..operators import System
 from ..operators.apply import as_operator
 from ..problem import LQRProblem
 from ..solvers.dots import row_dots
@@ -64,6 +65,10 @@ class Probed:
         if columns is not None and columns < 1:
             raise ValueError(f"columns is {columns}: give at least 1, or None.")
         self.operator = symmetric_operator(A)
+        system = getattr(A, "system", None)
+        if isinstance(system, System):
+            # As `solve`: a product sees only those writes that torch counts.
+            system.check(thorough=True)
         self.size: int = self.operator.shape[-1]
         self.seed, self.kind, self.columns, self.progress = seed, probes, columns, progress
         self.times = CountedProduct(self.operator)

@@ -134,3 +134,29 @@ def test_targets_of_the_other_kind_are_refused() -> None:
     for reduction in ("sum", "none"):
         with pytest.raises(ValueError, match="use reduction='mean'"):
             get_loss(nn.KLDivLoss(reduction=reduction))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_the_classes_of_a_divergence_lie_where_outputs_are_normalised(
+    axis: int, log_target: bool, dtype: torch.dtype
+) -> None:
+    logits = normal(5, 4, 3, seed=4).to(dtype)
+    outputs = logits.log_softmax(axis)
+    targets = normal(5, 4, 3, seed=5).softmax(axis).to(dtype)
+    targets = targets.log() if log_target else targets
+    loss = get_loss(nn.KLDivLoss(reduction="batchmean", log_target=log_target))
+    loss.check(outputs, targets)
+    wide = logits.double().requires_grad_()
+    torchs = F.kl_div(
+        wide.log_softmax(axis), targets.double(), reduction="batchmean", log_target=log_target
+    )
+    (expected,) = torch.autograd.grad(torchs, wide)
+    # Outputs and targets have the rounding of their dtype, and logits up to 3.
+    close = {"rtol": 0.0, "atol": 10 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(loss.gradient(outputs, targets).double(), expected, **close)
+    p = logits.double().softmax(axis).movedim(axis, -1)
+    variance = (p * (1 - p)).movedim(-1, axis).flatten() / 5
+    curvature = loss.gauss_newton(outputs, targets).to_dense().double()
+    torch.testing.assert_close(curvature.diagonal(), variance, **close)
