@@ -124,7 +124,7 @@ def solve(
         raise ValueError(f"products='{products}' is unknown: choose one of {get_args(Products)}.")
     if isinstance(problem, LQRProblem):
         # Writes through `.data` too, once: a product sees those only that torch counts.
-        problem.system.check(thorough=True)
+        problem.system.check(look="all")
     with torch.no_grad():
         choice = choose(options) if method == "auto" else Choice(str(method), "")
     name = choice.name

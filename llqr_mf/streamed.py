@@ -223,7 +223,7 @@ class StreamedProblem:
 
     def _problems(self, *, check: bool) -> Iterator[tuple[LQRProblem, Tensor]]:
         """Every batch's problem, without R; in later passes, with its share of the mean."""
-        self._weights.check(thorough=True)
+        self._weights.check(look="all")
         if not check:
             self._check_trained()
             with self._as_in_first_pass():

@@ -119,6 +119,9 @@ class MatrixFreeOperator(LinearOperator):  # type: ignore[misc]
                 f"{type(self).__name__} is {self.dtype} on {self.device} and the right-hand side "
                 f"is {other.dtype} on {other.device}: convert the right-hand side with .to()."
             )
+        system = getattr(self, "system", None)
+        if system is not None and not torch.compiler.is_compiling():
+            system.check(look="glance")
         return self._matmul(other)
 
     def to_dense(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from linear_operator import LinearOperator
@@ -12,6 +12,10 @@ from torch import Tensor
 from .apply import apply_rows, apply_rows_t
 from .control_cost import ControlCost
 from .tangent import SQUARED, Shape, Tangent, add, from_rows, to_rows
+
+Look: TypeAlias = Literal["count", "glance", "all"]
+"""How closely weights are compared with what was linearized: where torch counted a write, at some
+entries too, or at all of them."""
 
 
 class Stage(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .control_cost import ControlCost
 from .fresh import fresh_rows
-from .stage import Stage, StateCost
+from .stage import Look, Stage, StateCost
 from .tangent import Shape, Tangent, add_tangents, is_plain, size_of, to_rows
 
 CPU_PASS_BYTES = 2**24
@@ -261,18 +261,18 @@ class System:
         assert product is not None
         return product
 
-    def check(self, *, thorough: bool = False) -> None:
+    def check(self, *, look: Look = "count") -> None:
         """Raises if a stage's weights or batch are no longer what was linearised.
 
         Every product does this for itself, but for one that runs as a compiled or captured graph.
 
         Args:
-            thorough: Whether writes that torch does not count are looked for, in all weights.
+            look: How closely.
         """
         for stage in self.stages:
             check = getattr(stage, "check", None)
             if check is not None:
-                check(thorough=thorough)
+                check(look=look)
 
     def _condensed(self, u: Tensor, out: Tensor | None, *, in_place: bool) -> Tensor:
         zero: Tangent = tuple(None for _ in self.state_shapes(self.horizon))

@@ -245,7 +245,7 @@ def _listed(problems: Problems) -> list[Problem]:
                 "StreamedProblem."
             )
         if isinstance(problem, LQRProblem):
-            problem.system.check(thorough=True)  # as `solve`
+            problem.system.check(look="all")  # as `solve`
     return listed
 
 

@@ -44,7 +44,7 @@ def check_current(problem: LQRProblem) -> None:
     for stage in problem.system.stages:
         snapshot = getattr(stage, "snapshot", None)
         if snapshot is not None:
-            snapshot.check(thorough=True)
+            snapshot.check(look="all")
 
 
 def check_deterministic(program: Program) -> None:

@@ -210,7 +210,7 @@ class Laplace:
         Raises:
             RuntimeError: With the name of what changed.
         """
-        self._snapshot.check(thorough=True)
+        self._snapshot.check(look="all")
         if isinstance(self._given, LQRProblem):
             check_current(self._given)
 

@@ -256,7 +256,7 @@ class _Network:
         """Takes in what happened to the model: `changes` moves if anything did."""
         same = self._now() == (self._kind, self._versions)
         same = same and self.kept.layers[0].program.changed_attribute() is None
-        if same and self._snapshot.changed(thorough=True) is None:
+        if same and self._snapshot.changed(look="all") is None:
             return
         self.changes += 1
         self._take()

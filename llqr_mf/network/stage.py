@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators.control_cost import ControlCost
+from ..operators.stage import Look
 from ..operators.tangent import Shape, Tangent, add
 from ..rules.base import Curvature
 from .feedback import control_squares, keep_costates, respond
@@ -135,17 +136,17 @@ class NetworkStage:
         if not torch.compiler.is_compiling():
             self.check()
 
-    def check(self, *, thorough: bool = False) -> None:
+    def check(self, *, look: Look = "count") -> None:
         """Products are of the weights that were linearised, in the precision they have.
 
         Args:
-            thorough: See `Snapshot.changed`.
+            look: See `Snapshot.changed`.
 
         Raises:
             RuntimeError: A tensor was written to since, or autocast is on.
         """
         if self.snapshot is not None:
-            self.snapshot.check(thorough=thorough)
+            self.snapshot.check(look=look)
         if torch.is_autocast_enabled(self.proto.device.type):
             raise RuntimeError(
                 "torch.autocast would lower the precision of the products: solve outside of it, or "

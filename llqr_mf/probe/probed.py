@@ -68,7 +68,7 @@ class Probed:
         system = getattr(A, "system", None)
         if isinstance(system, System):
             # As `solve`: a product sees only those writes that torch counts.
-            system.check(thorough=True)
+            system.check(look="all")
         self.size: int = self.operator.shape[-1]
         self.seed, self.kind, self.columns, self.progress = seed, probes, columns, progress
         self.times = CountedProduct(self.operator)
