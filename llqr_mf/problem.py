@@ -287,7 +287,7 @@ class LQRProblem(LayerOperators):
     def gradient(self) -> Tensor:
         """Gradient of the objective at u = 0, flat (P,); for a network, that of the mean loss."""
         system = self.system
-        system.check(look="all")
+        system.check(look="glance")
         with torch.no_grad():
             trajectory = system.rollout(None, self._first, with_affine=True)
             zero: Tangent = tuple(None for _ in system.state_shapes(system.horizon))

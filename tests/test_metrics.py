@@ -35,7 +35,7 @@ def normal(*shape, seed=0):
 
 def close(a, b):
     """Equal up to rounding: 100 operations in a row on numbers as large as one or b's largest."""
-    scale = max(1.0, float(b.abs().max()))
+    scale = max(1.0, float(b.detach().abs().max()))
     torch.testing.assert_close(a, b, rtol=0, atol=100 * EPS * scale)
 
 

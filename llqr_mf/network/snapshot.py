@@ -35,7 +35,8 @@ class Snapshot:
         self._model = model
         self._held = [(name, tensor, _checksum(tensor)) for name, tensor in tensors]
         self._versions = [_version(tensor) for _, tensor, _ in self._held]
-        self._glimpses = [_glimpse(tensor) for _, tensor, _ in self._held]
+        views = [_spread(tensor) for _, tensor, _ in self._held]
+        self._glimpses = [(view, view.clone()) for view in views]
 
     def changed(self, *, look: Look = "count") -> str | None:
         """The name of the first tensor that is not what it was.
@@ -58,7 +59,7 @@ class Snapshot:
                 continue
             version = _version(tensor)
             if version is not None and version == self._versions[i] and look != "all":
-                if look == "count" or torch.equal(_glimpse(tensor), self._glimpses[i]):
+                if look == "count" or torch.equal(*self._glimpses[i]):
                     continue
             if not _same(tensor, before):
                 return name
@@ -82,10 +83,11 @@ class Snapshot:
             )
 
 
-def _glimpse(tensor: Tensor) -> Tensor:
+def _spread(tensor: Tensor) -> Tensor:
+    """Some entries, as a view where the tensor's memory has no gaps."""
     plain = tensor.detach()
     flat = plain.permute(_by_stride(plain)).reshape(-1)
-    return flat[:: max(1, len(flat) // GLANCE)].clone()
+    return flat[:: max(1, len(flat) // GLANCE)]
 
 
 def _by_stride(tensor: Tensor) -> list[int]:
