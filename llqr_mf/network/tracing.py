@@ -183,8 +183,12 @@ class _Tracer(fx.Tracer):
             if path in self.whole or not _is_open(m):
                 self.modules[path] = m
                 return self.create_proxy("call_module", path, args, kwargs)
-            lowering = LOWERINGS.get(type(m))
-            return forward(*args, **kwargs) if lowering is None else lowering(m, *args, **kwargs)
+            lowering, random = LOWERINGS.get(type(m)), torch.get_rng_state()
+            made = forward(*args, **kwargs) if lowering is None else lowering(m, *args, **kwargs)
+            if not torch.equal(torch.get_rng_state(), random):
+                # Layers left out at random, say: a graph would leave out the same for good.
+                raise NotImplementedError("it draws random numbers beside its calls")
+            return made
         except Exception as error:
             if self.failed is None:
                 self.failed = (path, f"{type(error).__name__}: {error}")
@@ -251,7 +255,13 @@ def trace(model: nn.Module, run: Callable[..., Any], inputs: int) -> Program:
         twin = shared_copy(model)
         tracer = _Tracer(twin, whole)
         try:
-            with LOCK, torch.enable_grad(), _autocast_off(), _functions_recorded():
+            with (
+                LOCK,
+                torch.random.fork_rng(devices=[]),
+                torch.enable_grad(),
+                _autocast_off(),
+                _functions_recorded(),
+            ):
                 graph = tracer.trace(_with_arity(partial(run, twin), inputs))
             entangled = make_out_of_place(graph)
             if entangled is not None:
