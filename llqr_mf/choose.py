@@ -34,42 +34,58 @@ SKETCHED_ITERATIONS = 15
 SKETCHED_SIZE = 2**17
 """Most unknowns of the dual."""
 
-AT_ONCE = 8.0
-"""Iterations of CG in whose time a dual is taken without a look: few solves take fewer."""
+AT_ONCE = 4.0
+"""Iterations of CG in whose time a dual is taken without a look: hardly a solve takes fewer."""
 
-TRIED = 0.3
-"""Share of the dual's time that CG is given before it has to look like ending sooner."""
+LIKELY_FROM = 10.0
+"""The same where CG seems likely to take half as many at least."""
 
-HOPELESS = 4.0
-"""Times that a dual must fit into what CG still seems to take, to be taken sooner than that."""
+TOLD_TO = 20.0
+"""Times fewer iterations than seem likely that CG takes at its best."""
 
-# Times in flops of a float32 GEMM, 1 / 80 ns on one core of a Xeon.
+LOOKED_AHEAD = 30.0
+"""The longest dual, in iterations of CG, for which the likely ones are told before CG begins."""
 
-CALL = 3.2e6
+FIRST_LOOK = 4
+"""Iterations of CG before its rate says something."""
+
+TRIED = 0.5
+"""Share of the dual's time from which CG has to look like ending sooner."""
+
+AT_FIRST = 2.0
+"""Times the dual's that CG may seem to take still when it begins: it often speeds up."""
+
+IN_THE_END = 0.7
+"""The same from `TRIED` on; what is told from the rate is more often too little than too much."""
+
+# Times in flops of a float32 GEMM, 1 / 80 ns on one core of a server. Fitted to both methods' times
+# on the networks of benchmarks/auto_choice.py that are marked as tuned on.
+
+CALL = 4e6
 """A call that a column passes through, however small."""
 
 ELEMENT = 100.0
 """A number written by what is no GEMM."""
 
-CHOLESKY = 4.3
+CHOLESKY = 2.5
 """A float64 flop of the factorization."""
 
-ENTRY = 160.0
+ENTRY = 200.0
 """An entry of the Gram matrix, for every call that adds to it."""
 
-SOLVED_ENTRY = 2000.0
+SOLVED_ENTRY = 1200.0
 """An entry of its factor in the float64 solves of the dual."""
 
-VECTORS = 440.0
+VECTORS = 450.0
 """A weight in the vectors of CG, per iteration."""
 
-ITERATION = 3.6e7
+ITERATION = 4e7
 """An iteration of CG, beside its product and its vectors."""
 
-DUAL_PRODUCTS = 8.0
+DUAL_PRODUCTS = 4.5
 """Products of the dual beside its Gram matrix: the residual, the step, its check, a correction."""
 
-DUAL_CALLS = 1e8
+DUAL_CALLS = 2e8
 """What else it calls."""
 
 
@@ -128,20 +144,20 @@ def choose(options: Options) -> Choice:
     if not _has_memory(problem, size):
         return Choice("cg", f"the Gram matrix with N r = {size} rows would take half of the memory")
     patience = dual_in_iterations(problem, factor.rank or 0, factor.samples)
-    likely = math.inf if patience <= AT_ONCE else likely_iterations(options, min(damping))
-    told = f"as much as {patience:.2g} iterations of cg by a count of flops"
-    if likely < math.inf:
-        told += f", which may take {likely:.0f}"
-    whole = size <= factors.DUAL_SIZE
-    if patience <= likely:
-        what = "the Gram matrix has" if whole else "columns of the Gram matrix have"
-        return Choice("dual", f"{what} a closed form with N r = {size} rows; it costs {told}", "cg")
-    what = f"N r = {size}" if whole else f"N r = {size} > {factors.DUAL_SIZE}: a sketch"
-    return Choice("cg", f"the Gram matrix ({what}) would cost {told}", "dual", patience)
+    sketched = "" if size <= factors.DUAL_SIZE else ", of which a sketch is made"
+    told = f"the dual costs as much as {patience:.2g} iterations of cg by a count of flops"
+    told += f" (its Gram matrix has N r = {size} rows{sketched})"
+    if patience <= AT_ONCE:
+        return Choice("dual", told, "cg")
+    if patience <= LOOKED_AHEAD:
+        likely = likely_iterations(options, min(damping))
+        if patience <= max(min(LIKELY_FROM, 2 * likely), likely / TOLD_TO):
+            return Choice("dual", f"{told}, and cg may take {likely:.0f}", "cg")
+    return Choice("cg", f"{told}: cg begins, and gives way if it looks slower", "dual", patience)
 
 
 def likely_iterations(options: Options, damping: float) -> float:
-    """Iterations of CG, to a factor of about three, for half a product.
+    """Iterations of CG, to a factor of three and sometimes ten, for half a product.
 
     The condition number is put at that along b: kappa = 1 + b'J'QJb / (damping b'b). With rtol the
     bound of CG is sqrt(kappa) log(2 / rtol) / 2, where the spectrum is flat in its logarithm; where
@@ -213,26 +229,25 @@ def gives_up(patience: float, rtol: float) -> Callable[[int, float], bool]:
     """When CG should make room for a method that costs `patience` iterations.
 
     Its remaining iterations are told from the rate at which the least residual has fallen, from
-    the start or over the last half, whichever is faster: CG speeds up.
+    the start or over the last half, whichever is faster. That is compared with the patience, with
+    less and less credit, so that a CG which is given up has mostly cost a fraction of it.
 
     Args:
         patience: In iterations of CG.
         rtol: Where it is to get.
     """
-    least: list[float] = []
+    least = [0.0]
 
     def give_up(iterations: int, residual: float) -> bool:
-        least.append(min(residual, least[-1] if least else 1.0))
-        if iterations < max(5.0, TRIED / HOPELESS * patience):
+        least.append(min(math.log(max(residual, 1e-300)), least[-1]))
+        wanted = least[-1] - math.log(max(rtol, 1e-300))
+        if iterations < FIRST_LOOK or wanted <= 0:
             return False
-        wanted = math.log(max(least[-1], 1e-300) / max(rtol, 1e-300))
-        if wanted <= 0:
-            return False
-        half = len(least) // 2
-        fallen = [-math.log(max(least[-1], 1e-300)) / len(least)]
-        fallen.append(math.log(least[half - 1] / max(least[-1], 1e-300)) / (len(least) - half))
-        left = wanted / max(*fallen, 1e-12)
-        return left > (patience if iterations >= TRIED * patience else HOPELESS * patience)
+        seen = len(least) - 1
+        half = seen // 2
+        rate = max(-least[-1] / seen, (least[half] - least[-1]) / (seen - half), 1e-12)
+        spent = min(1.0, iterations / (TRIED * patience))
+        return wanted / rate > patience * (AT_FIRST + (IN_THE_END - AT_FIRST) * spent)
 
     return give_up
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from .network.linearize import BoundNode, Forgotten
 from .operators.output_curvature import OutputCurvature
 from .operators.tangent import add
+from .origin import NetworkOrigin
 from .problem import LQRProblem
 
 PASS = 16
@@ -254,12 +256,23 @@ def add_controls(
 # ---- samples
 
 
-def mixed_values(problem: LQRProblem) -> set[int]:
+_MIXED: WeakKeyDictionary[NetworkOrigin, frozenset[int]] = WeakKeyDictionary()
+"""What was found of a linearisation: to probe calls without a rule costs some products."""
+
+
+def mixed_values(problem: LQRProblem) -> frozenset[int]:
     """Values of parameters that reach the output, and not row n of them the n-th output alone.
 
     At all others a cotangent of the output that is zero but for sample n is zero but for row n:
     one column per sample can be pulled back to them for all samples at once.
     """
+    assert problem.origin is not None
+    if problem.origin not in _MIXED:
+        _MIXED[problem.origin] = frozenset(_find_mixed(problem))
+    return _MIXED[problem.origin]
+
+
+def _find_mixed(problem: LQRProblem) -> set[int]:
     assert problem.origin is not None
     linearization, samples = problem.origin.linearization, len(problem.origin.outputs)
     of_batch, moving = set(linearization.inputs), set(range(len(problem.names)))
@@ -318,11 +331,12 @@ def _keeps_rows(problem: LQRProblem, bound: BoundNode, index: int, live: list[bo
     shape, proto = shapes[bound.inputs[index]], problem.system.proto
     is_complex = bound.inputs[index] in problem.origin.linearization.complex_values
     generator = torch.Generator().manual_seed(0)
+    # Random, so that what several rows do to another does not cancel.
+    dtype = torch.complex64 if is_complex else torch.float32
+    drawn = torch.randn(1, *shape, generator=generator, dtype=dtype)
     largest = max(math.prod(shapes[i]) for i in (bound.inputs[index], *outputs))
     for moves in subsets_that_separate(samples).split(max(1, PROBED_ELEMENTS // largest)):
-        # Random, so that what several rows do to another does not cancel.
-        dtype = torch.complex64 if is_complex else torch.float32
-        moved = torch.randn(len(moves), *shape, generator=generator, dtype=dtype)
+        moved = drawn.repeat(len(moves), *[1] * len(shape))
         moved[~moves] = 0
         tangents: list[Tensor | None] = [None] * len(bound.inputs)
         tangents[index] = moved.to(

@@ -157,7 +157,7 @@ def _run(options: Options, choice: Choice, *, literal: bool) -> Solution:
         def give_up(iterations: int, residual: float) -> bool:
             if not sooner(iterations, residual):
                 return False
-            gave_up.append(f"after {iterations} iterations the residual was {residual:.1e}")
+            gave_up.append(f"its residual was {residual:.1e} after {iterations} iterations")
             return True
 
         options = replace(options, give_up=give_up)
