@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import llqr_mf as lq
+from llqr_mf.choose import DUAL_PRODUCTS
+from llqr_mf.gram import closed_form_gram
 
 WIDTH, DEPTH, BATCH = 512, 3, 8
 
@@ -80,6 +82,20 @@ def test_a_kernel_product_is_two_gemms_per_layer() -> None:
         problem.tangent_kernel._rows(p)  # X X' is made once
         # Mixing the samples takes BATCH / WIDTH of a GEMM; the head forms its 640 weights.
         assert flops_of(lambda: problem.tangent_kernel._rows(p)) < 2.1 * (every - first)
+
+
+@pytest.mark.parametrize("width, samples", [(64, 20), (256, 40)])
+def test_products_that_auto_reckons_a_dual_with(width: int, samples: int) -> None:
+    """Beside its Gram matrix two or three, and two more where a correction is needed."""
+    model, inputs, targets = mlp(width, 2, samples, classes=3)
+    problem = lq.LQRProblem.from_network(
+        lq.split(model), inputs, targets, loss="cross_entropy", damping=1e-3
+    )
+    b = -problem.gradient
+    product = flops_of(lambda: problem.hessian @ b)
+    beside = flops_of(lambda: lq.solve(problem, "dual", rtol=1e-3))
+    beside -= flops_of(lambda: closed_form_gram(problem))
+    assert beside / product < DUAL_PRODUCTS < beside / product + 2.5
 
 
 def test_flops_of_a_dual_solve() -> None:
