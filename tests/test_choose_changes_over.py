@@ -88,10 +88,15 @@ def test_at_a_steady_rate_the_better_is_missed_by_half_at_most(patience):
     before the first look come on top, which weigh where both costs are few.
     """
     rtol = 1e-6
-    for taken in (3, 10, 0.5 * patience, 0.9 * patience, 1.2 * patience, 1.5 * patience, 1e5):
+    for taken in (3, 10, 0.5 * patience, 0.9 * patience, 1.2 * patience, 1.9 * patience, 1e5):
         rate = rtol ** (1 / taken)
         cost = spent((rate**k for k in range(1, 200_000)), patience, rtol)
         assert cost <= 1.5 * min(math.ceil(taken), patience) + 4
+
+
+def test_what_takes_five_times_as_long_is_seen_in_a_tenth_of_the_time():
+    taken, patience, rtol = 500.0, 100.0, 1e-6
+    assert spent((rtol ** (k / taken) for k in range(1, 600)), patience, rtol) <= 1.1 * patience
 
 
 @pytest.mark.parametrize("ahead", [3, 10])

@@ -116,7 +116,7 @@ def site_squares(
 def _collector(
     site: Site,
     reads: dict[str, list[Read]],
-    mixed: set[int],
+    mixed: frozenset[int],
     bases: Sequence[Tensor | None],
     total: Tensor,
 ) -> _VectorRead | _WeightRead | None:
