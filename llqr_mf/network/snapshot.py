@@ -87,7 +87,9 @@ def _spread(tensor: Tensor) -> Tensor:
     """Some entries, as a view where the tensor's memory has no gaps."""
     plain = tensor.detach()
     flat = plain.permute(_by_stride(plain)).reshape(-1)
-    return flat[:: max(1, len(flat) // GLANCE)]
+    some = flat[:: max(1, len(flat) // GLANCE)]
+    # A copy would be held whole by a view of it.
+    return some if flat.data_ptr() == plain.data_ptr() else some.clone()
 
 
 def _by_stride(tensor: Tensor) -> list[int]:
