@@ -24,7 +24,7 @@ from .metrics import Metric, get_metric
 from .metrics.share import Share
 from .network import Layer
 from .network.checks import check_layers, check_same_calls
-from .network.modes import LOCK
+from .network.modes import LOCK, random_states, set_random_states
 from .network.snapshot import Snapshot
 from .operators import ControlCost, ControlCostOperator
 from .operators.base import MatrixFreeOperator
@@ -368,8 +368,9 @@ class RandomState:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._gpus = [device] if device.type == "cuda" else []
-        self._keep()
+        self._states = random_states(device)
 
     def copy(self) -> RandomState:
         """One that goes its own way."""
@@ -386,9 +387,7 @@ class RandomState:
             batch: Its number; all but the first have numbers of their own.
         """
         with LOCK, torch.random.fork_rng(devices=self._gpus):
-            torch.set_rng_state(self._cpu)
-            for device, state in zip(self._gpus, self._states, strict=True):
-                torch.cuda.set_rng_state(state, device)
+            set_random_states(self._states, self._device)
             if batch:
                 seed = mixed(int(torch.randint(2**62, ())), batch)
                 torch.default_generator.manual_seed(seed)
@@ -397,11 +396,7 @@ class RandomState:
                         torch.cuda.manual_seed(seed)
             yield
             if keep:
-                self._keep()
-
-    def _keep(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._states = [torch.cuda.get_rng_state(device) for device in self._gpus]
+                self._states = random_states(self._device)
 
 
 class StreamedOperator(MatrixFreeOperator):

@@ -16,7 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from ..errors import FailedCallError
 from ..rules import Call, Node, Slot, is_active_leaf, linearize_call
 from .copies import shared_copy
-from .modes import curvature_pass, differentiable_attention
+from .modes import (
+    curvature_pass,
+    differentiable_attention,
+    random_states,
+    set_random_states,
+)
 from .split import Layer
 from .tracing import Program, is_foreign, is_inert
 
@@ -218,17 +223,14 @@ class _Run:
         device, inside, next_id = self.device, set(nodes), self.next_id
         read = {source for node in nodes for source in node.all_input_nodes if source not in inside}
         kept = {source: self.env[source] for source in read if source in self.env}
-        on_gpu = device.type == "cuda"
-        seeds = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+        random = random_states(device)
         twin = copy.copy(self)
 
         def remake() -> tuple[BoundNode, ...]:
             run, bound = copy.copy(twin), list[BoundNode]()
             run.env, run.shapes, run.next_id = dict(kept), {}, next_id
             with torch.no_grad(), curvature_pass(device, stateful=run.program.stateful):
-                torch.set_rng_state(seeds[0])
-                if seeds[1] is not None:
-                    torch.cuda.set_rng_state(seeds[1], device)
+                set_random_states(random, device)
                 for source in read - set(kept):
                     name = str(source.target)
                     run.env[source] = run._tensor(name, run.program.tensors[name])

@@ -68,6 +68,19 @@ def differentiable_attention() -> Iterator[None]:
         yield
 
 
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """The random state of the CPU, and of a model's GPU."""
+    on_gpu = device.type == "cuda"
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+
+
+def set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Puts `random_states` back."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
 def curvature_pass(device: torch.device, *, stateful: bool = True) -> Iterator[None]:
     """Attention by the MATH backend, batch statistics fixed, random state put back.

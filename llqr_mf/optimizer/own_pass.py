@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.checks import close, copies
+from ..network.modes import random_states, set_random_states
 
 SHARE = 8
 """One sample in so many is run where that is known to show enough."""
@@ -89,8 +90,7 @@ class _Marks:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._gpus = [device] if device.type == "cuda" else []
-        self._random = self._states()
+        self._device, self._random = device, random_states(device)
 
     def are_left(self) -> bool:
         """Whether all is as it was."""
@@ -98,15 +98,10 @@ class _Marks:
             module._buffers.get(name) is buffer and torch.equal(buffer, before)
             for module, name, buffer, before in self._buffers
         )
-        return same and all(map(torch.equal, self._random, self._states()))
+        return same and all(map(torch.equal, self._random, random_states(self._device)))
 
     def restore(self) -> None:
         """Makes it so."""
         for module, name, buffer, before in self._buffers:
             module._buffers[name] = buffer.copy_(before)
-        torch.set_rng_state(self._random[0])
-        for device, state in zip(self._gpus, self._random[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-    def _states(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._gpus)]
+        set_random_states(self._random, self._device)
