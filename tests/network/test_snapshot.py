@@ -136,6 +136,6 @@ def test_a_step_of_a_fused_optimizer_is_seen_by_products_and_gradients(kind):
 
 
 def test_a_batch_with_gaps_in_memory_is_not_held_twice():
-    x = torch.zeros(50, 20_000)[:, ::2]
+    x = torch.zeros(50, 20_000)[:, :10_000]
     (view, _) = Snapshot([("x", x)])._glimpses[0]
     assert view.untyped_storage().nbytes() < 2048
